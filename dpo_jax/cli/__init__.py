@@ -1,0 +1,85 @@
+"""The command line: `dpo-jax demo | train | evaluate | export | methods`."""
+
+import sys
+from collections.abc import Sequence
+
+from dpo_jax import __version__
+from dpo_jax.cli.console import DONE, WRONG_USE, UsageError, guarded, say
+
+USAGE = f"""dpo-jax {__version__}: preference optimisation in JAX
+
+usage: dpo-jax COMMAND [options]; `dpo-jax COMMAND --help` shows the options
+
+  demo      the whole way on a synthetic task with an exact judge, in minutes, without a network
+  train     train a METHOD on a model and preference data; the same command continues a run
+  evaluate  reward accuracy, margin, KL to the reference, log-probs and lengths on pairs
+  export    write a checkpoint of a run as a Hugging Face folder
+  methods   the losses that can be trained
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code: 0 done, 1 failure, 2 wrong use."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE)
+        return DONE if words else WRONG_USE
+    if words[0] == "--version":
+        print(__version__)
+        return DONE
+    commands = {"demo": _demo, "train": _train, "evaluate": _evaluate, "export": _export, "methods": _methods}
+    if words[0] not in commands:
+        say(f"dpo-jax: unknown command {words[0]!r}; there are {', '.join(commands)}")
+        return WRONG_USE
+    return guarded(lambda: commands[words[0]](words[1:]), debug="--debug" in words)
+
+
+# Each command imports its own modules: `dpo-jax methods --help` must not wait for the trainer's.
+
+
+def _train(words: list[str]) -> None:
+    from dpo_jax.cli.catalogue import method, methods
+    from dpo_jax.cli.configs import parse, read_config, take_config_option, train_config_class
+
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: dpo-jax train METHOD [options]; `dpo-jax train METHOD --help` shows the options\n")
+        print("methods: " + ", ".join(methods()))
+        if not words:
+            raise UsageError("train needs a method")
+        return
+    chosen = method(words[0])
+    config_class = train_config_class(chosen)
+    path, rest = take_config_option(words[1:])
+    default = read_config(path, config_class, command="train", method=chosen.slug) if path else None
+    config = parse(config_class, rest, prog=f"dpo-jax train {chosen.slug}", default=default)
+    from dpo_jax.cli.train import train
+
+    train(chosen, config)
+
+
+def _evaluate(words: list[str]) -> None:
+    from dpo_jax.cli.configs import parse
+    from dpo_jax.cli.evaluate import EvaluateConfig, evaluate_command
+
+    evaluate_command(parse(EvaluateConfig, words, prog="dpo-jax evaluate"))
+
+
+def _export(words: list[str]) -> None:
+    from dpo_jax.cli.configs import parse
+    from dpo_jax.cli.export import ExportConfig, export_command
+
+    export_command(parse(ExportConfig, words, prog="dpo-jax export"))
+
+
+def _demo(words: list[str]) -> None:
+    from dpo_jax.cli.configs import parse
+    from dpo_jax.cli.demo import DemoConfig, demo_command
+
+    demo_command(parse(DemoConfig, words, prog="dpo-jax demo"))
+
+
+def _methods(words: list[str]) -> None:
+    from dpo_jax.cli.configs import parse
+    from dpo_jax.cli.methods import MethodsConfig, methods_command
+
+    methods_command(parse(MethodsConfig, words, prog="dpo-jax methods"))

@@ -1,0 +1,180 @@
+"""What a training command refuses before any work is done: options that are missing, out of range or without effect."""
+
+from dataclasses import asdict, fields
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dpo_jax.cli.catalogue import Method, initial_loss_state
+from dpo_jax.cli.configs import DataConfig, LoopConfig, MeshConfig
+from dpo_jax.cli.console import UsageError
+from dpo_jax.language.objectives import column_names, loss_needs, origin
+from dpo_jax.optimizers import OptimizerConfig
+from dpo_jax.sharding import make_mesh
+
+# Options that an algorithm does not read: given together with it they would be silently ignored.
+_UNREAD = {
+    "adafactor": ("b1", "b2", "epsilon"),
+    "lion": ("epsilon",),
+    "muon": ("epsilon",),
+    "sgd": ("b2", "epsilon"),
+    "adamw": (),
+}
+# Name -> (lowest, highest) of the numbers that an option takes; both belong to the range.
+_RANGES = {
+    "held_out": (0, float("inf")),
+    "max_length": (2, float("inf")),
+    "max_prompt_length": (1, float("inf")),
+    "steps": (1, float("inf")),
+    "batch_size": (1, float("inf")),
+    "microbatches": (1, float("inf")),
+    "seed": (0, 2**32 - 1),
+    "log_every": (1, float("inf")),
+    "eval_every": (0, float("inf")),
+    "save_every": (0, float("inf")),
+    "keep": (1, float("inf")),
+    "reference_update_every": (0, float("inf")),
+    "reference_update_rate": (0, 1),
+    "warmup": (0, float("inf")),
+    "final_learning_rate": (0, 1),
+    "weight_decay": (0, float("inf")),
+    "clip": (0, float("inf")),
+    "mesh_slices": (1, float("inf")),
+}
+# Name -> (low, high) of numbers that lie strictly between.
+_OPEN_RANGES = {
+    "epochs": (0, float("inf")),
+    "ema_decay": (0, 1),
+    "learning_rate": (0, float("inf")),
+    "epsilon": (0, float("inf")),
+    "b1": (-1e-30, 1),
+    "b2": (-1e-30, 1),
+}
+
+
+def option(name: str) -> str:
+    """A field's name as it is typed."""
+    return "--" + name.replace("_", "-")
+
+
+def check_options(method: Method, config: Any) -> None:
+    """Raise UsageError for what is missing or out of range, and for options that would have no effect."""
+    missing = [
+        option(name)
+        for name, value in (("model", config.model.model), ("data", config.data.data), ("out", config.loop.out))
+        if not value
+    ]
+    if missing:
+        raise UsageError(f"train {method.slug} needs {', '.join(missing)}")
+    for part in (config.data, config.loop, config.optimizer):
+        check_ranges(part)
+    _check_optimizer(config.optimizer)
+    _check_data_and_loop(config.data, config.loop)
+    _check_reference(method, config)
+
+
+def check_ranges(part: Any) -> None:
+    """Raise UsageError if a number of a part of a config lies outside its range; nan lies outside all of them."""
+    for name, value in asdict(part).items():
+        if value is None:
+            continue
+        if name in _RANGES and not _RANGES[name][0] <= value <= _RANGES[name][1]:
+            raise UsageError(f"{option(name)} is {value}; give {_words(*_RANGES[name])}")
+        if name in _OPEN_RANGES and not _OPEN_RANGES[name][0] < value < _OPEN_RANGES[name][1]:
+            raise UsageError(f"{option(name)} is {value}; give a number {_between(*_OPEN_RANGES[name])}")
+
+
+def _words(low: float, high: float) -> str:
+    return f"at least {low:g}" if high == float("inf") else f"a number from {low:g} to {high:g}"
+
+
+def _between(low: float, high: float) -> str:
+    if high == float("inf"):
+        return f"above {low:g}"
+    return f"between {low:g} and {high:g}" if low == 0 else f"from 0 to below {high:g}"
+
+
+def _check_optimizer(chosen: OptimizerConfig) -> None:
+    defaults = OptimizerConfig()
+    for name in _UNREAD[chosen.optimizer]:
+        if getattr(chosen, name) != getattr(defaults, name):
+            raise UsageError(f"{option(name)} has no effect with --optimizer {chosen.optimizer}")
+    if chosen.schedule == "constant" and chosen.final_learning_rate:
+        raise UsageError("--final-learning-rate has no effect with --schedule constant")
+
+
+def _check_data_and_loop(data: DataConfig, loop: LoopConfig) -> None:
+    without_effect = {
+        "--epochs has no effect with --steps": loop.steps is not None and loop.epochs != LoopConfig.epochs,
+        "--held-out has no effect with --eval-data": bool(data.eval_data) and data.held_out != DataConfig.held_out,
+        "--eval-every has no effect with --held-out 0": (
+            not data.eval_data and not data.held_out and loop.eval_every != LoopConfig.eval_every
+        ),
+        "--max-prompt-length has no effect with --truncation drop": (
+            data.truncation == "drop" and data.max_prompt_length is not None
+        ),
+        "--reference-update-rate has no effect without --reference-update-every": (
+            loop.reference_update_rate != LoopConfig.reference_update_rate and not loop.reference_update_every
+        ),
+    }
+    for sentence, given in without_effect.items():
+        if given:
+            raise UsageError(sentence)
+    if data.max_prompt_length is not None and data.max_prompt_length >= data.max_length:
+        raise UsageError(
+            f"--max-prompt-length is {data.max_prompt_length} and --max-length {data.max_length}; "
+            "leave a completion at least one token"
+        )
+
+
+def _check_reference(method: Method, config: Any) -> None:
+    options = {
+        "--reference-model": config.model.reference_model is not None,
+        "--reference columns": config.model.reference == "columns",
+        "--reference-update-every": config.loop.reference_update_every > 0,
+    }
+    given = [name for name, is_given in options.items() if is_given]
+    if given and not method.reference:
+        raise UsageError(f"{', '.join(given)} has no effect: {method.slug} reads no reference")
+    if config.loop.reference_update_every and config.model.reference == "columns":
+        raise UsageError("--reference-update-every has no effect with --reference columns: columns do not move")
+
+
+def check_loss_options(method: Method, config: Any) -> None:
+    """Raise UsageError if the loss refuses its hyper-parameters, before data and weights are read.
+
+    The loss is traced on one example without any tokens of its own; a loss that reads columns of the data, whose
+    shapes are not known yet, is left for the first step.
+    """
+    if column_names(method.loss):
+        return
+    hyper = {f.name: getattr(config.loss, f.name) for f in fields(config.loss)}
+    needs = loss_needs(method.loss)
+    arrays = {
+        name: jnp.ones((1, 1) if origin(name).side else (1, 1 if method.data.startswith("lists") else 2, 1))
+        for name in needs.arrays
+    }
+    special = {"loss_state": initial_loss_state(method)} if needs.state else {}
+    special |= {"key": jax.random.key(0)} if needs.key else {}
+    try:
+        jax.eval_shape(partial(method.loss, **hyper), **arrays, **special)
+    except ValueError as error:
+        raise UsageError(f"{method.slug}: {error}") from error
+
+
+def mesh_of(config: MeshConfig) -> Mesh:
+    """The mesh that the options ask for.
+
+    Raises:
+      UsageError: it does not fit the devices.
+    """
+    check_ranges(config)
+    try:
+        return make_mesh(
+            data=config.mesh_data, fsdp=config.mesh_fsdp, model=config.mesh_model, slices=config.mesh_slices
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error

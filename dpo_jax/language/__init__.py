@@ -1,0 +1,1 @@
+"""The language wing: rows, prefix-tree batches, decoders, losses over completions."""

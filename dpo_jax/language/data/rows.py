@@ -1,0 +1,335 @@
+"""Preference rows: read JSONL, JSONL.gz or Parquet, check every row, say exactly where a bad one stands.
+
+Forms of a row, each a plain mapping:
+
+- `{"prompt", "chosen", "rejected"}`: a pair. Text, or lists of `{"role", "content"}` messages.
+- `{"chosen", "rejected"}`: two message lists, or two texts of "\\n\\nHuman: ...\\n\\nAssistant: ..." turns (the form of
+  Anthropic's HH data), that differ in the last assistant turn only; what goes before it is the prompt.
+- `{"prompt", "completion"}`: one completion.  `{"prompt", "completions": [...]}`: a list, best first.
+
+Further keys that hold numbers or lists of numbers are kept as columns; other keys are left aside.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+HUMAN_TURN = "\n\nHuman:"
+ASSISTANT_TURN = "\n\nAssistant:"
+FLOAT32_MAX = 3.4e38
+
+Message = Mapping[str, str]
+Prompt = str | tuple[Message, ...]
+OnBadRow = Literal["error", "skip"]
+
+
+class RowError(ValueError):
+    """A bad row: the file, its number there (1 for the first line) and the reason."""
+
+    def __init__(self, file: str, number: int, reason: str):
+        super().__init__(f"{file}, row {number}: {reason}")
+        self.file, self.number, self.reason = file, number, reason
+
+
+@dataclass(frozen=True)
+class PreferenceRow:
+    """One prompt and its K completions as text.
+
+    Attributes:
+      prompt: text, or messages with the keys `role` and `content` only.
+      completions: K texts; for pairs the chosen one first.
+      columns: name -> number or (nested) list of numbers.
+      file, number: where the row was read; the number counts lines from 1.
+    """
+
+    prompt: Prompt
+    completions: tuple[str, ...]
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    file: str = ""
+    number: int = 0
+
+
+class SkippedRow(NamedTuple):
+    """A bad row that was left out."""
+
+    file: str
+    number: int
+    reason: str
+
+
+class RowsRead(NamedTuple):
+    """Good rows in the order of the files, and the bad ones that were skipped."""
+
+    rows: list[PreferenceRow]
+    skipped: list[SkippedRow]
+
+
+def read_rows(paths: str | Path | Sequence[str | Path], *, on_bad_row: OnBadRow = "error") -> RowsRead:
+    """Read and check the rows of one or several files; `.gz` and `.parquet` are known by their suffix.
+
+    Args:
+      paths: files in order.
+      on_bad_row: "error" raises at the first bad row; "skip" lists it in `skipped` and loses nothing else. A file that
+        breaks off (a truncated gzip stream) is one bad row after the last that could be read.
+
+    Raises:
+      RowError: a bad row, an empty or broken file (only with "error").
+      OSError: a file that is missing or may not be read.
+    """
+    if isinstance(paths, (str, Path)):
+        paths = [paths]
+    records = (record for path in paths for record in _records(Path(path)))
+    return _check(records, on_bad_row)
+
+
+def check_rows(rows: Iterable[Mapping[str, Any]], *, name: str = "rows", on_bad_row: OnBadRow = "error") -> RowsRead:
+    """The same checks for rows in memory: an iterable of mappings, a Hugging Face dataset; `name` stands for the file.
+
+    Raises:
+      RowError: a bad row (only with "error").
+    """
+    return _check(((name, number, row) for number, row in enumerate(rows, 1)), on_bad_row)
+
+
+_Record = tuple[str, int, Any]  # file, number, and either a row or the RowError that stands in its place
+
+
+def _check(records: Iterable[_Record], on_bad_row: OnBadRow) -> RowsRead:
+    rows: list[PreferenceRow] = []
+    skipped: list[SkippedRow] = []
+    for file, number, record in records:
+        try:
+            if isinstance(record, RowError):
+                raise record
+            row = parse_row(record, file=file, number=number)
+            if rows:
+                _require_same_form(row, rows[0])
+            rows.append(row)
+        except RowError as error:
+            if on_bad_row == "error":
+                raise
+            skipped.append(SkippedRow(error.file, error.number, error.reason))
+    return RowsRead(rows, skipped)
+
+
+def _require_same_form(row: PreferenceRow, first: PreferenceRow) -> None:
+    """Batches have one shape: every row needs the completions and the columns of the first one."""
+    if len(row.completions) != len(first.completions):
+        reason = f"{len(row.completions)} completions, but row {first.number} of {first.file} has "
+        raise RowError(row.file, row.number, f"{reason}{len(first.completions)}; give all rows equally many")
+    if row.columns.keys() != first.columns.keys():
+        reason = f"number columns {sorted(row.columns)}, but row {first.number} of {first.file} has "
+        raise RowError(row.file, row.number, f"{reason}{sorted(first.columns)}; give all rows the same columns")
+
+
+def _records(path: Path) -> Iterator[_Record]:
+    read = _parquet_records if path.suffix == ".parquet" else _json_records
+    number = 0
+    for file, number, record in read(path):
+        yield file, number, record
+    if not number:
+        yield str(path), 1, RowError(str(path), 1, "the file has no rows; expected one JSON object per line")
+
+
+def _json_records(path: Path) -> Iterator[_Record]:
+    """One record per line that is not blank; what cannot be read becomes a RowError in its place."""
+    file, number = str(path), 0
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield file, number, _parse_json(line, file, number)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            reason = f"the gzip stream is broken or cut off here ({error}); rows after this point are lost"
+            yield file, number + 1, RowError(file, number + 1, reason)
+
+
+def _parse_json(line: bytes, file: str, number: int) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        reason = f"expected UTF-8, but byte {error.start} of the line is 0x{line[error.start]:02x}"
+    except (ValueError, RecursionError) as error:
+        reason = f"expected one JSON object on this line ({error})"
+    return RowError(file, number, reason)
+
+
+def _parquet_records(path: Path) -> Iterator[_Record]:
+    from pyarrow import ArrowException, parquet
+
+    file, number = str(path), 0
+    path.stat()  # a missing file is an OSError, as for the other formats
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield file, number, row
+    except (ArrowException, UnicodeDecodeError) as error:
+        yield file, number + 1, RowError(file, number + 1, f"expected a Parquet file with rows ({error})")
+
+
+def parse_row(row: Any, *, file: str = "row", number: int = 1) -> PreferenceRow:
+    """Canonical form of one row; `file` and `number` go into the error.
+
+    Raises:
+      RowError: a missing key, a wrong type, an empty or repeated completion, unequal prompts.
+    """
+    try:
+        if not isinstance(row, Mapping):
+            raise _Reason(f"expected an object with a prompt and completions, got {_kind(row)}")
+        row = {key: value for key, value in row.items() if value is not None}  # Parquet fills absent keys with None
+        used, prompt, completions = _prompt_and_completions(row)
+        for name, text in zip(_completion_names(used, len(completions)), completions):
+            _require_text(name, text)
+            if not text.strip():
+                raise _Reason(f"{name} is empty; expected text")
+        if (repeated := len(completions) - len(set(completions))) > 0:
+            what = "chosen and rejected are equal" if "chosen" in used else f"{repeated} completions are repeated"
+            raise _Reason(f"{what}; expected different texts")
+        columns = {str(k): _column(k, v) for k, v in row.items() if k not in used and _is_numeric(v)}
+    except _Reason as reason:
+        raise RowError(file, number, str(reason)) from None
+    except RecursionError:
+        raise RowError(file, number, "its lists are nested too deeply") from None
+    return PreferenceRow(prompt, completions, columns, file, number)
+
+
+class _Reason(Exception):
+    """Why a row is bad; `parse_row` adds where it stands."""
+
+
+def _prompt_and_completions(row: Mapping[str, Any]) -> tuple[tuple[str, ...], Prompt, tuple[str, ...]]:
+    """The keys that were used, the prompt and the completions."""
+    if "chosen" in row or "rejected" in row:
+        _require_keys(row, ("chosen", "rejected"))
+        sides = {name: row[name] for name in ("chosen", "rejected")}
+        if "prompt" not in row:
+            return ("chosen", "rejected"), *_split_dialogues(sides)
+        prompt, given = _prompt(row["prompt"]), row["prompt"]
+        answers = [_answer(name, value, prompt) for name, value in sides.items()]
+        # Some data sets repeat the turns of a text prompt in front of both answers; then these turns are the prompt.
+        if isinstance(given, str) and answers[0][0] is not None:
+            if answers[0][0] != answers[1][0]:
+                raise _Reason("the messages before the last one differ between chosen and rejected")
+            prompt = answers[0][0]
+        return ("prompt", "chosen", "rejected"), prompt, tuple(text for _, text in answers)
+    if "completions" in row:
+        _require_keys(row, ("prompt", "completions"))
+        values = row["completions"]
+        if not isinstance(values, (list, tuple)) or not values:
+            raise _Reason(f"completions should be a list of at least one text, got {_kind(values)}")
+        prompt = _prompt(row["prompt"])
+        answers = [_answer(f"completions[{i}]", value, prompt)[1] for i, value in enumerate(values)]
+        return ("prompt", "completions"), prompt, tuple(answers)
+    _require_keys(row, ("prompt", "completion"))
+    prompt = _prompt(row["prompt"])
+    return ("prompt", "completion"), prompt, (_answer("completion", row["completion"], prompt)[1],)
+
+
+def _completion_names(used: tuple[str, ...], count: int) -> Sequence[str]:
+    return [f"completions[{i}]" for i in range(count)] if "completions" in used else used[-count:]
+
+
+def _require_keys(row: Mapping[str, Any], keys: tuple[str, ...]) -> None:
+    for key in keys:
+        if key not in row:
+            forms = "prompt + chosen + rejected, chosen + rejected, prompt + completion, or prompt + completions"
+            raise _Reason(f"no {key!r} among the keys {sorted(map(str, row))}; expected {forms}")
+
+
+def _prompt(value: Any) -> Prompt:
+    if isinstance(value, str):
+        _require_text("prompt", value)
+        return value
+    return _messages("prompt", value)
+
+
+def _answer(name: str, value: Any, prompt: Prompt) -> tuple[tuple[Message, ...] | None, str]:
+    """The turns that a completion repeats from its prompt (None if it repeats none), and its text."""
+    if isinstance(value, str):
+        return None, value
+    *before, last = _messages(name, value)
+    if last["role"] != "assistant":
+        raise _Reason(f"{name} should end with an assistant message, got the role {last['role']!r}")
+    if not before:
+        return None, last["content"]
+    repeats = tuple(before) == prompt if not isinstance(prompt, str) else before[-1]["content"] == prompt
+    if not repeats:
+        raise _Reason(f"{name} has messages before its last one that are not those of the prompt")
+    return tuple(before), last["content"]
+
+
+def _split_dialogues(sides: Mapping[str, Any]) -> tuple[Prompt, tuple[str, ...]]:
+    """Shared prompt and last assistant turns of two dialogues, message lists or text."""
+    parts = [_split_dialogue(name, value) for name, value in sides.items()]
+    if parts[0][0] != parts[1][0]:
+        raise _Reason("chosen and rejected differ before the last assistant turn; expected one shared prompt")
+    return parts[0][0], tuple(completion for _, completion in parts)
+
+
+def _split_dialogue(name: str, value: Any) -> tuple[Prompt, str]:
+    if not isinstance(value, str):
+        *before, last = _messages(name, value)
+        if last["role"] != "assistant" or not before:
+            raise _Reason(f"there is no prompt, so {name} should be messages that end with an answer by the assistant")
+        return tuple(before), last["content"]
+    head, turn, completion = value.rpartition(ASSISTANT_TURN)
+    if not turn:
+        raise _Reason(f"there is no prompt, and {name} has no turn {ASSISTANT_TURN!r} to split at")
+    if HUMAN_TURN in completion:
+        raise _Reason(f"{name} should end with a turn {ASSISTANT_TURN!r}, but ends with {HUMAN_TURN!r}")
+    _require_text(name, value)
+    return head + turn, completion
+
+
+def _messages(name: str, value: Any) -> tuple[Message, ...]:
+    if not isinstance(value, (list, tuple)) or not value:
+        raise _Reason(f"{name} should be text or a list of messages, got {_kind(value)}")
+    for i, message in enumerate(value):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+            raise _Reason(f'{name}[{i}] should be a message {{"role", "content"}}, got {_kind(message)}')
+        for key in ("role", "content"):
+            _require_text(f"{name}[{i}].{key}", message[key])
+    return tuple({"role": message["role"], "content": message["content"]} for message in value)
+
+
+def _require_text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise _Reason(f"{name} should be text, got {_kind(value)}")
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise _Reason(f"{name} holds half of a surrogate pair, which is no text") from None
+
+
+def _is_numeric(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(map(_is_numeric, value))
+    return isinstance(value, (bool, int, float))
+
+
+def _column(name: str, value: Any) -> Any:
+    """The value as it is, if all of its numbers are finite and fit a float32."""
+    for number in _flat(value):
+        if not abs(number) <= FLOAT32_MAX:  # also true of nan
+            what = number if isinstance(number, float) else "a huge integer"
+            raise _Reason(f"column {name!r} holds {what}; expected finite numbers")
+    return value
+
+
+def _flat(value: Any) -> Iterator[bool | int | float]:
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _flat(item)
+    else:
+        yield value
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    return "an empty list" if value == [] else names.get(type(value), type(value).__name__)

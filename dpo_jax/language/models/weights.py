@@ -1,0 +1,282 @@
+"""Hugging Face checkpoints in and out: one table per family, read lazily into the sharded layout, safetensors only."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from dpo_jax.language.models.decoder import RULES, DecoderConfig, abstract_variables
+from dpo_jax.language.models.folder import WeightsError, config_from_hf, config_to_hf, local_folder, read_config
+from dpo_jax.sharding import Rules, make_mesh, spec_for
+from dpo_jax.tree import map_named, named_leaves
+from dpo_jax.types import Array, PyTree
+
+INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
+CARRIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_SHOWN = 8  # names that an error lists of each kind
+
+
+class Place(NamedTuple):
+    """Where a tensor of a checkpoint goes.
+
+    Attributes:
+      name: in the checkpoint; `{layer}` stands for the number of the layer.
+      transposed: torch keeps linear weights as [out, in], kernels here are [in, out].
+    """
+
+    name: str
+    transposed: bool = False
+
+
+# Path name of the variables -> place in the checkpoint.
+LLAMA = {
+    "embed/embedding": Place("model.embed_tokens.weight"),
+    "head/embedding": Place("lm_head.weight"),
+    "norm/scale": Place("model.norm.weight"),
+    "layers/attention_norm/scale": Place("model.layers.{layer}.input_layernorm.weight"),
+    "layers/feed_forward_norm/scale": Place("model.layers.{layer}.post_attention_layernorm.weight"),
+    **{
+        f"layers/{ours}/{kind}": Place(f"model.layers.{{layer}}.{theirs}.{end}", kind == "kernel")
+        for ours, theirs in {
+            "attention/query": "self_attn.q_proj",
+            "attention/key": "self_attn.k_proj",
+            "attention/value": "self_attn.v_proj",
+            "attention/output": "self_attn.o_proj",
+            "feed_forward/gate": "mlp.gate_proj",
+            "feed_forward/up": "mlp.up_proj",
+            "feed_forward/down": "mlp.down_proj",
+        }.items()
+        for kind, end in (("kernel", "weight"), ("bias", "bias"))
+    },
+}
+# Buffers that old checkpoints carry and no model reads.
+_IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / INDEX_FILE
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            outside = [name for name in names if Path(name).name != name]
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise WeightsError(f"{index}: expected an object with 'weight_map' ({error})") from error
+        if outside or not names:
+            raise WeightsError(f"{index}: names {', '.join(outside) or 'no file'}; expected files of this folder")
+        if missing := [name for name in names if not (folder / name).exists()]:
+            raise WeightsError(f"{folder}: the index names {', '.join(missing)}, which are not there")
+        return [folder / name for name in names]
+    if (folder / WEIGHTS_FILE).exists():
+        return [folder / WEIGHTS_FILE]
+    others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+    hint = f"; {', '.join(others)} would run code when read: convert them to safetensors" if others else ""
+    raise WeightsError(f"{folder}: no {WEIGHTS_FILE} and no {INDEX_FILE}{hint}")
+
+
+def tensor_names(path: str, config: DecoderConfig) -> list[str]:
+    """Names in the checkpoint of a variable: one for each layer if it is stacked."""
+    place = LLAMA[path]
+    return [place.name.format(layer=i) for i in range(config.layers)] if path.startswith("layers/") else [place.name]
+
+
+def _check_tensors(
+    folder: Path, config: DecoderConfig, shapes: Mapping[str, tuple], variables: Mapping[str, Any]
+) -> None:
+    """One error that names all tensors that are missing, surplus or of a wrong shape."""
+    wanted: dict[str, tuple[int, ...]] = {}
+    for path, leaf in variables.items():
+        shape = tuple(leaf.shape[1:] if path.startswith("layers/") else leaf.shape)
+        shape = shape[::-1] if LLAMA[path].transposed else shape
+        wanted |= {name: shape for name in tensor_names(path, config)}
+    missing = sorted(wanted.keys() - shapes.keys())
+    surplus = sorted(name for name in shapes.keys() - wanted.keys() if not _IGNORED.search(name))
+    if config.tie_embeddings:
+        surplus = [name for name in surplus if name != LLAMA["head/embedding"].name]
+    wrong = [
+        f"{n} is {list(shapes[n])}, expected {list(s)}" for n, s in wanted.items() if n in shapes and shapes[n] != s
+    ]
+    problems = {"missing": missing, "surplus": surplus, "of a wrong shape": wrong}
+    if any(problems.values()):
+        parts = [
+            f"{len(names)} {kind}: {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}"
+            for kind, names in problems.items()
+            if names
+        ]
+        raise WeightsError(f"{folder}: the tensors do not fit config.json; {'; '.join(parts)}")
+
+
+def load_hf(
+    model: str | Path,
+    *,
+    config: DecoderConfig | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules = RULES,
+) -> tuple[DecoderConfig, PyTree]:
+    """Read a checkpoint straight into its layout on a mesh; the host holds about one tensor at a time.
+
+    Args:
+      model: folder or hub id.
+      config: how it shall run (dtypes, remat); its shape is that of config.json. By default float32.
+      mesh: by default the first device alone.
+      rules: of the layout.
+
+    Returns:
+      The config, and the variables in the config's `param_dtype`.
+
+    Raises:
+      WeightsError: anything that is missing, surplus, wrongly shaped or of an unknown type, all of it named.
+    """
+    folder = local_folder(model)
+    config = config or config_from_hf(read_config(folder), place=str(folder / "config.json"))
+    mesh = mesh or make_mesh(devices=jax.devices()[:1])
+    abstract = abstract_variables(config)
+    with ExitStack() as stack:
+        where: dict[str, Any] = {}
+        for path in _weight_files(folder):
+            try:
+                file = stack.enter_context(safe_open(path, framework="numpy"))
+                where |= {name: file for name in file.keys()}  # noqa: SIM118
+            except Exception as error:  # safetensors raises a type of its own
+                raise WeightsError(f"{path}: not a safetensors file ({error})") from error
+        slices = {name: file.get_slice(name) for name, file in where.items()}
+        shapes = {name: tuple(piece.get_shape()) for name, piece in slices.items()}
+        _check_tensors(folder, config, shapes, named_leaves(abstract))
+        if odd := sorted({f"{n} ({s.get_dtype()})" for n, s in slices.items() if s.get_dtype() not in DTYPES}):
+            raise WeightsError(
+                f"{folder}: tensors of unknown type: {', '.join(odd[:_SHOWN])}; expected {', '.join(DTYPES)}"
+            )
+
+        def read(path: str, leaf: jax.ShapeDtypeStruct) -> Array:
+            spec = spec_for(path, leaf.shape, rules, mesh)
+            names, transposed = tensor_names(path, config), LLAMA[path].transposed
+            if not path.startswith("layers/"):
+                return _read_tensor(slices[names[0]], leaf.shape, leaf.dtype, NamedSharding(mesh, spec), transposed)
+            whole, one = NamedSharding(mesh, spec), NamedSharding(mesh, PartitionSpec(*spec[1:]))
+            filled = jax.jit(partial(jnp.zeros, leaf.shape, leaf.dtype), out_shardings=whole)()
+            put = jax.jit(lambda all, new, i: all.at[i].set(new), donate_argnums=0, out_shardings=whole)
+            for number, name in enumerate(names):
+                layer = _read_tensor(slices[name], leaf.shape[1:], leaf.dtype, one, transposed)
+                filled = put(filled, layer, number)
+            return filled
+
+        return config, map_named(read, abstract)
+
+
+def _read_tensor(piece: Any, shape: tuple, dtype: Any, sharding: NamedSharding, transposed: bool) -> Array:
+    """One tensor, each device's part read by itself."""
+
+    def part(index: Any) -> np.ndarray:  # a tuple of slices
+        values = np.asarray(piece[index[::-1] if transposed else index])
+        return (values.T if transposed else values).astype(dtype)
+
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
+def save_hf(
+    folder: str | Path,
+    config: DecoderConfig,
+    variables: PyTree,
+    *,
+    source: Path | None = None,
+    dtype: Any = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a checkpoint that transformers loads; process 0 writes, the others help to gather.
+
+    Args:
+      config, variables: of the decoder.
+      source: folder whose tokenizer, chat template, generation config and other config keys are carried along.
+      dtype: of the tensors; that of the variables by default.
+      max_shard_bytes: a file holds at most that many bytes of tensors (one tensor at least).
+    """
+    folder, writes = Path(folder), jax.process_index() == 0
+    before = read_config(source) if source is not None and writes else {}
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob("shard-*.partial"):
+            left.unlink()
+    sizes: dict[str, int] = {}
+    shards: list[list[str]] = []
+    for shard in _shards(_tensors(config, variables, dtype), max_shard_bytes):
+        sizes |= {name: tensor.nbytes for name, tensor in shard.items()}
+        shards.append(list(shard))
+        if writes:
+            save_file(shard, folder / f"shard-{len(shards)}.partial", metadata={"format": "pt"})
+    if writes:
+        # Old weights stay until all new ones are written, and those get their names last: whatever fails between, the
+        # folder never holds weights and a config that do not belong together.
+        for old in folder.glob("model*.safetensors*"):
+            old.unlink()
+        _write_configs(folder, config, before, source, np.dtype(dtype or config.param_dtype).name)
+        _name_shards(folder, shards, sum(sizes.values()))
+
+
+def _tensors(config: DecoderConfig, variables: PyTree, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and host copies, one after another."""
+    for path, leaf in named_leaves(variables).items():
+        for number, name in enumerate(tensor_names(path, config)):
+            values = _on_host(leaf[number] if path.startswith("layers/") else leaf)
+            values = values.T if LLAMA[path].transposed else values
+            yield name, np.ascontiguousarray(values.astype(dtype or values.dtype))
+
+
+def _on_host(array: Array) -> np.ndarray:
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def _shards(tensors: Iterable[tuple[str, np.ndarray]], most: int) -> Iterator[dict[str, np.ndarray]]:
+    shard: dict[str, np.ndarray] = {}
+    for name, tensor in tensors:
+        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > most:
+            yield shard
+            shard = {}
+        shard[name] = tensor
+    yield shard
+
+
+def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
+    """Give the files their names, which hold the number of files, and write the index if there are several."""
+    # Only now, for a run that dies while it writes must leave the weights that were there.
+    for old in folder.glob("model*.safetensors*"):
+        old.unlink()
+    if len(shards) == 1:
+        (folder / "shard-1.partial").rename(folder / WEIGHTS_FILE)
+        return
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{number}.partial").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=1))
+
+
+def _write_configs(
+    folder: Path, config: DecoderConfig, before: dict[str, Any], source: Path | None, dtype: str
+) -> None:
+    """config.json with the source's other keys (special tokens, ...), and the files that are carried along."""
+    for stale in ("rope_scaling", "torch_dtype", "quantization_config", "_name_or_path"):
+        before.pop(stale, None)
+    after = {**before, **config_to_hf(config), "dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(after, indent=1) + "\n")
+    if source is not None and source.resolve() != folder.resolve():
+        for pattern in (*CARRIED, "generation_config.json"):
+            for file in source.glob(pattern):
+                if file.is_file():
+                    shutil.copyfile(file, folder / file.name)

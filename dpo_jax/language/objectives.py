@@ -1,0 +1,170 @@
+"""From a loss to an objective: the argument names of the loss say which models run and what is computed."""
+
+import inspect
+import re
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax.language.score import DIVERGENCES, VOCABULARY_STATISTICS, completion_mask, score
+from dpo_jax.language.types import Batch, LanguageModel
+from dpo_jax.types import Array, LossOutput, PyTree
+
+Loss = Callable[..., LossOutput]
+
+_SPECIAL = ("loss_state", "key")
+_SIDES = {"chosen": 0, "rejected": 1}
+_OF_ONE_MODEL = re.compile(rf"(policy|reference)_(?:(chosen|rejected)_)?(logps|{'|'.join(VOCABULARY_STATISTICS)})")
+_OF_BOTH_MODELS = re.compile(rf"(?:(chosen|rejected)_)?({'|'.join(DIVERGENCES)})")
+_OF_THE_BATCH = re.compile(r"(?:(chosen|rejected)_)?mask")
+
+
+class Needs(NamedTuple):
+    """What a loss asks for, read from its signature.
+
+    Attributes:
+      arrays: names of the arrays, in order: the keyword arguments without a default.
+      hyper: names and defaults of the hyper-parameters: the keyword arguments with one.
+      state: whether it remembers something between steps (an argument `loss_state`).
+      key: whether it draws random numbers (an argument `key`).
+    """
+
+    arrays: tuple[str, ...]
+    hyper: dict[str, Any]
+    state: bool
+    key: bool
+
+
+class Origin(NamedTuple):
+    """Where an array argument comes from.
+
+    Attributes:
+      maker: "policy", "reference", "both" (a divergence between them), "batch" (a mask) or "column".
+      statistic: `logps`, `entropy`, `kl`, `mask`, ...; the argument's own name for a column.
+      side: "chosen", "rejected", or None for all completions.
+    """
+
+    maker: str
+    statistic: str
+    side: str | None
+
+
+def loss_needs(loss: Loss) -> Needs:
+    """Read the signature of a loss."""
+    parameters = inspect.signature(loss).parameters
+    plain = {name: p.default for name, p in parameters.items() if name not in _SPECIAL}
+    arrays = tuple(name for name, default in plain.items() if default is inspect.Parameter.empty)
+    hyper = {name: default for name, default in plain.items() if name not in arrays}
+    return Needs(arrays, hyper, "loss_state" in parameters, "key" in parameters)
+
+
+def origin(name: str) -> Origin:
+    """Where an argument of this name comes from, unless a column of the data gives it."""
+    if match := _OF_ONE_MODEL.fullmatch(name):
+        return Origin(match[1], match[3], match[2])
+    if match := _OF_BOTH_MODELS.fullmatch(name):
+        return Origin("both", match[2], match[1])
+    if match := _OF_THE_BATCH.fullmatch(name):
+        return Origin("batch", "mask", match[1])
+    return Origin("column", name, None)
+
+
+def serving_column(name: str, columns: Collection[str]) -> str | None:
+    """The column that gives an argument: its own, or that of all completions (`reference_logps` for both sides)."""
+    if name in columns:
+        return name
+    maker, statistic, side = origin(name)
+    whole = f"{maker}_{statistic}"
+    return whole if side and whole in columns else None
+
+
+def needs_reference(loss: Loss, columns: Collection[str] = ()) -> bool:
+    """Whether a reference model must run, given the columns that the data has."""
+    asked = (name for name in loss_needs(loss).arrays if not serving_column(name, columns))
+    return any(origin(name).maker in ("reference", "both") for name in asked)
+
+
+def column_names(loss: Loss) -> tuple[str, ...]:
+    """Arguments that only the data can give."""
+    return tuple(name for name in loss_needs(loss).arrays if origin(name).maker == "column")
+
+
+def from_loss(loss: Loss, *, frozen_head: bool = False, **hyper: Any):
+    """Objective `(policy, reference, batch, key, loss_state) -> LossOutput` of a loss.
+
+    What the loss names is computed and handed over, nothing else: a loss that names no `reference_*` never runs the
+    reference, and a column of the batch wins over a computation.
+
+    Args:
+      loss: keyword-only function of the arrays in the name table.
+      frozen_head: the model's head is not trained, so its gradient is not computed.
+      hyper: hyper-parameters of the loss.
+
+    Raises:
+      TypeError: a hyper-parameter that the loss does not have; when traced, a column, a reference or a second
+        completion that is missing.
+    """
+    needs = loss_needs(loss)
+    if unknown := set(hyper) - set(needs.hyper):
+        raise TypeError(f"{loss.__name__} has no option {sorted(unknown)}; its options are {sorted(needs.hyper)}")
+
+    def objective(
+        policy: LanguageModel, reference: LanguageModel | None, batch: Batch, key: Array, loss_state: PyTree = None
+    ) -> LossOutput:
+        places = batch.weight.size
+        columns = {name: jnp.asarray(x).reshape(places, *x.shape[2:]) for name, x in batch.columns.items()}
+        served = {name: serving_column(name, columns) for name in needs.arrays}
+        origins = {name: origin(name) for name, column in served.items() if column is None}
+        if missing := [name for name, source in origins.items() if source.maker == "column"]:
+            have = f"the columns {sorted(columns)}" if columns else "no columns"
+            raise TypeError(f"{loss.__name__} needs the columns {missing}, and the data has {have}")
+        computed = _compute(set(origins.values()), policy, reference, batch, frozen_head)
+        arrays = {}
+        for name, column in served.items():
+            whole = computed[origins[name]] if column is None else columns[column]
+            arrays[name] = whole if column == name else _side(whole, origin(name).side, name)
+        special = {"loss_state": loss_state} if needs.state else {}
+        special |= {"key": key} if needs.key else {}
+        return loss(**arrays, **special, **hyper)
+
+    return objective
+
+
+def _side(whole: Array, side: str | None, name: str) -> Array:
+    """[B, K, T] -> [B, T] of one completion of a pair, or all of it."""
+    if side is None:
+        return whole
+    if whole.shape[1] != len(_SIDES):
+        raise TypeError(f"{name} needs pairs, and the rows have {whole.shape[1]} completions each")
+    return whole[:, _SIDES[side]]
+
+
+def _compute(
+    origins: set[Origin], policy: LanguageModel, reference: LanguageModel | None, batch: Batch, frozen_head: bool
+) -> dict[Origin, Array]:
+    """[B, K, T] of each origin, with one forward of each model that is needed."""
+
+    def asked(maker: str) -> set[str]:
+        return {source.statistic for source in origins if source.maker == maker}
+
+    of_policy, of_reference, of_both = asked("policy"), asked("reference"), asked("both")
+    if (of_reference or of_both) and reference is None:
+        raise TypeError(
+            f"{sorted(of_reference | of_both)} of a reference are needed: give the state a reference, "
+            "or the data the reference's log-probs as columns"
+        )
+    values: dict[tuple[str, str], Array] = {("batch", "mask"): completion_mask(batch)}
+    if of_policy or of_both:
+        wanted = tuple(sorted((of_policy | of_both) - {"logps"}))
+        both = reference if of_both else None
+        scores = score(policy, batch, statistics=wanted, reference=both, frozen_head=frozen_head)
+        values |= {("both" if name in of_both else "policy", name): array for name, array in scores.items()}
+        if "reference_logps" in scores:
+            values["reference", "logps"] = scores["reference_logps"]
+    if any(("reference", name) not in values for name in of_reference):
+        assert reference is not None
+        scores = score(reference, batch, statistics=tuple(sorted(of_reference - {"logps"})), frozen_head=True)
+        values |= {("reference", name): jax.lax.stop_gradient(array) for name, array in scores.items()}
+    return {source: values[source.maker, source.statistic] for source in origins}

@@ -1,0 +1,88 @@
+"""The data types of the language wing: an encoded example, a batch of prefix trees, a model's answer."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from dpo_jax.logprobs import IGNORE
+from dpo_jax.types import Array
+
+__all__ = ["IGNORE", "Batch", "Example", "LanguageModel", "Prediction"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt with its K completions as token ids.
+
+    Attributes:
+      prompt: int32 [P], P >= 1.
+      completions: K arrays int32 [C_k], C_k >= 1; for pairs the chosen one first.
+      columns: name -> scalar or array that belongs to this example (a reward margin, per-token weights [K, C], ...).
+    """
+
+    prompt: np.ndarray
+    completions: tuple[np.ndarray, ...]
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples laid out as forests in depth-first order; NumPy on the host, jax arrays on devices.
+
+    Query q sees key k iff `k <= q < subtree_end[k]`: causal attention, packing and prompt sharing in one rule.
+    Every array leads with the rows R, so that one sharding and one microbatch split serve all of them.
+    B = R * E examples, some of them empty places of weight 0.
+
+    Attributes:
+      tokens: int32 [R, L].
+      positions: int32 [R, L], position along the token's own path from its root.
+      subtree_end: int32 [R, L], index at which the subtree of the token's node ends; 0 for padding.
+      source: int32 [R, S], index of the hidden state that predicts the target.
+      target: int32 [R, S], token id to predict, or IGNORE.
+      slots: int32 [R, E, K, T], index into S of each completion token, or -1.
+      weight: float32 [R, E].
+      columns: name -> [R, E, ...].
+      split: number of equal segments a row falls into before the model sees it (static): 1 for packed rows, K for the
+        padded layout, where each completion has a segment and a copy of the prompt to itself. `source` counts over the
+        whole row, `subtree_end` within the segment.
+    """
+
+    tokens: Array | np.ndarray
+    positions: Array | np.ndarray
+    subtree_end: Array | np.ndarray
+    source: Array | np.ndarray
+    target: Array | np.ndarray
+    slots: Array | np.ndarray
+    weight: Array | np.ndarray
+    columns: Mapping[str, Array | np.ndarray]
+    split: int = 1
+
+
+jax.tree_util.register_dataclass(
+    Batch,
+    data_fields=["tokens", "positions", "subtree_end", "source", "target", "slots", "weight", "columns"],
+    meta_fields=["split"],
+)
+
+
+class Prediction(NamedTuple):
+    """What a language model answers: last hidden states and the head that turns them into logits.
+
+    Attributes:
+      hidden: [R, L, D] in the compute dtype, after the final norm.
+      head: [V, D].
+      bias: [V] or None.
+      softcap: logits become `softcap * tanh(logits / softcap)`, or None.
+    """
+
+    hidden: Array
+    head: Array
+    bias: Array | None = None
+    softcap: float | None = None
+
+
+# (tokens, positions, subtree_end), each int32 [R, L] -> Prediction, or plain logits [R, L, V] of a foreign model.
+LanguageModel = Callable[[Array, Array, Array], Prediction | Array]

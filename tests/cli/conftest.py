@@ -1,0 +1,39 @@
+"""One tiny checkpoint and one file of pairs for all tests of the command line, and programs compiled once."""
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from tiny_runs import Tiny, make_pairs, make_tiny
+
+
+@pytest.fixture(scope="session")
+def _cache_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_once(_cache_folder):
+    """Runs of the same shape share their compiled programs; each compilation costs more than the run."""
+    options = {
+        "jax_compilation_cache_dir": str(_cache_folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    # Half of the time of a test would go into optimising programs that run for milliseconds.
+    jax.config.update("jax_disable_most_optimizations", True)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Tiny:
+    folder = tmp_path_factory.mktemp("tiny")
+    rows = make_pairs(folder / "pairs.jsonl")
+    return Tiny(make_tiny(folder / "model", rows), rows, make_tiny(folder / "other", rows, seed=1))

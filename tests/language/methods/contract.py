@@ -1,0 +1,311 @@
+"""What every loss of the language wing must satisfy, written once: each check is a function of one loss.
+
+A new loss needs no new code here unless it names an array that the rules of `make_array` do not know; then it adds a
+line to COLUMNS. A loss that names `loss_state` starts from `<loss>_state()` of its own module (bco_loss: bco_state).
+"""
+
+import functools
+import importlib
+import inspect
+import pkgutil
+import sys
+import zlib
+from collections.abc import Callable
+
+import docstring_parser
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import dpo_jax.language.methods as methods
+from dpo_jax.types import LossOutput
+
+B, K, T = 6, 3, 5  # rows, completions, tokens
+Loss = Callable[..., LossOutput]
+Arrays = dict[str, np.ndarray]
+
+# Arrays that only one paper knows: name -> maker of a [B, ...] array. Per-token ones are found by their shape.
+COLUMNS: dict[str, Callable[[np.random.Generator], np.ndarray]] = {}
+
+GARBAGE = np.array([np.nan, np.inf, -np.inf, 1e30], np.float32)
+TOLERANCE = dict(rtol=1e-5, atol=1e-6)  # two float32 evaluations of one formula in another order
+
+
+def find_losses() -> dict[str, Loss]:
+    """`module.name` -> every public `*_loss` defined in a module of dpo_jax.language.methods."""
+    found = {}
+    for info in pkgutil.iter_modules(methods.__path__, methods.__name__ + "."):
+        module = importlib.import_module(info.name)
+        for name, value in inspect.getmembers(module, inspect.isfunction):
+            if name.endswith("_loss") and not name.startswith("_") and value.__module__ == module.__name__:
+                found[f"{info.name.rpartition('.')[2]}.{name}"] = value
+    return found
+
+
+# Inputs
+
+
+def array_names(loss: Loss) -> list[str]:
+    """Arguments without a default: the arrays that a loss asks for."""
+    parameters = inspect.signature(loss).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.name != "loss_state"]
+
+
+def options(loss: Loss) -> dict[str, inspect.Parameter]:
+    """Arguments with a default: the hyper-parameters."""
+    return {p.name: p for p in inspect.signature(loss).parameters.values() if p.default is not p.empty}
+
+
+def mask_of(name: str) -> str:
+    """The mask that belongs to a per-token array: policy_chosen_logps -> chosen_mask, policy_logps -> mask."""
+    side = name.removeprefix("policy_").removeprefix("reference_").removesuffix("step_ids").rstrip("_")
+    side = side if name.endswith("step_ids") else side.rpartition("_")[0]
+    return f"{side}_mask" if side else "mask"
+
+
+def ragged(shape: tuple[int, ...], rng: np.random.Generator, number: int) -> np.ndarray:
+    """Masks of 1 to T tokens, one of the longest with a hole."""
+    length = rng.integers(1, T, shape[:-1])
+    length[0] = T
+    mask = np.arange(T) < length[..., None]
+    mask[0, ..., 2] = False
+    return mask
+
+
+def one_token(shape: tuple[int, ...], rng: np.random.Generator, number: int) -> np.ndarray:
+    return np.broadcast_to(np.arange(T) == 0, shape).copy()
+
+
+def some_empty(shape: tuple[int, ...], rng: np.random.Generator, number: int) -> np.ndarray:
+    """Ragged masks; row `number` loses this completion, the last row all of them, row 1 of a list only the first."""
+    mask = ragged(shape, rng, number)
+    mask[-1] = False
+    mask[number] = False
+    if len(shape) == 3:
+        mask[1, 0] = False
+    return mask
+
+
+def ordinary(logps: np.ndarray, mask: np.ndarray, rejected: bool) -> np.ndarray:
+    return logps
+
+
+def extreme(logps: np.ndarray, mask: np.ndarray, rejected: bool) -> np.ndarray:
+    """Policy sums near 0 or of -1e4: margins of 1e4 both ways, and a last row with every completion at -1e4."""
+    index = np.arange(B)[:, None, None] + np.arange(K)[None, :, None] if mask.ndim == 3 else np.arange(B)[:, None]
+    low = (index + rejected) % 2 == 0
+    low[-1] = True
+    value = np.where(low, -1e4 / np.maximum(mask.sum(-1, keepdims=True), 1), -1e-3)
+    return np.broadcast_to(value, mask.shape)
+
+
+def make_array(name: str, mask: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
+    """An ordinary value for one argument, by the table of names; per-token ones have the shape of their mask."""
+    if name in COLUMNS:
+        return COLUMNS[name](rng)
+    if mask is None:
+        raise KeyError(f"no rule makes the array {name!r}: add it to COLUMNS in tests/language/methods/contract.py")
+    if name.endswith("step_ids"):
+        return np.where(mask, np.cumsum(rng.random(mask.shape) < 0.5, -1), -1).astype(np.int32)
+    if name.endswith("_logps"):
+        return -rng.gamma(2.0, 0.7, mask.shape)
+    if name.endswith(("kl", "entropy")):
+        return rng.gamma(2.0, 0.2, mask.shape)
+    if name.endswith("collision"):
+        return -rng.gamma(2.0, 0.3, mask.shape)
+    raise KeyError(f"no rule makes the array {name!r}: add it to COLUMNS in tests/language/methods/contract.py")
+
+
+def make_inputs(loss: Loss, *, masks: Callable = ragged, policy: Callable = ordinary, seed: int = 0) -> Arrays:
+    """Random arrays for every name in a loss's signature, masks float32 so that gradients of them can be asked for."""
+    names = array_names(loss)
+    inputs: Arrays = {}
+    for number, name in enumerate(n for n in names if n.endswith("mask")):
+        shape = (B, K, T) if name == "mask" else (B, T)
+        inputs[name] = masks(shape, np.random.default_rng([seed, zlib.crc32(name.encode())]), number)
+    for name in (n for n in names if not n.endswith("mask")):
+        mask = inputs.get(mask_of(name))
+        value = make_array(name, mask, np.random.default_rng([seed, zlib.crc32(name.encode())]))
+        is_policy = name.startswith("policy_") and name.endswith("_logps")
+        inputs[name] = policy(value, mask, "rejected" in name) if is_policy and mask is not None else value
+    return {n: v if v.dtype == np.int32 else v.astype(np.float32) for n, v in inputs.items()}
+
+
+def state_of(loss: Loss) -> dict:
+    if "loss_state" not in inspect.signature(loss).parameters:
+        return {}
+    return {"loss_state": getattr(sys.modules[loss.__module__], loss.__name__.removesuffix("_loss") + "_state")()}
+
+
+@functools.cache
+def compiled(loss: Loss) -> Callable[[Arrays, dict], tuple[LossOutput, Arrays]]:
+    """(arrays, state) -> output and the gradient of the summed loss by every float array, masks too; compiled once."""
+
+    def evaluate(arrays: Arrays, state: dict) -> tuple[LossOutput, Arrays]:
+        floats = {n: v for n, v in arrays.items() if jnp.issubdtype(v.dtype, jnp.floating)}
+        others = {n: v for n, v in arrays.items() if n not in floats}
+
+        def total(floats: Arrays) -> tuple[jax.Array, LossOutput]:
+            output = loss(**floats, **others, **state)
+            return jnp.sum(output.loss), output
+
+        gradient, output = jax.grad(total, has_aux=True)(floats)
+        return output, gradient
+
+    return jax.jit(evaluate)
+
+
+def run(loss: Loss, inputs: Arrays) -> tuple[LossOutput, Arrays]:
+    return jax.device_get(compiled(loss)(inputs, state_of(loss)))
+
+
+def assert_same(actual: LossOutput, expected: LossOutput) -> None:
+    assert actual.metrics.keys() == expected.metrics.keys()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), actual, expected)
+
+
+def assert_finite(tree: object, what: str) -> None:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        assert np.isfinite(np.asarray(leaf, np.float32)).all(), f"{what}: {jax.tree_util.keystr(path)} is {leaf}"
+
+
+# Checks
+
+
+def check_signature(loss: Loss) -> None:
+    """Keyword-only, typed, every hyper-parameter with a default and a line in the docstring; bad values refused."""
+    signature = inspect.signature(loss)
+    for parameter in signature.parameters.values():
+        assert parameter.kind is parameter.KEYWORD_ONLY, f"{parameter.name} is not keyword-only"
+        assert parameter.annotation is not parameter.empty, f"{parameter.name} has no type"
+    assert signature.return_annotation is LossOutput
+    assert loss.__doc__, "no docstring"
+    parsed = docstring_parser.parse(loss.__doc__)
+    documented = {p.arg_name: p.description for p in parsed.params}
+    assert parsed.short_description, "no line of purpose"
+    assert set(documented) <= set(signature.parameters), f"documents arguments that do not exist: {documented}"
+    for name, parameter in options(loss).items():
+        hash(parameter.default)  # immutable
+        assert documented.get(name), f"hyper-parameter {name} has no line under Args"
+        if name in ("beta", "gamma", "label_smoothing"):
+            for value in (-1.0, float("nan")):
+                try:
+                    loss(**make_inputs(loss), **state_of(loss), **{name: value})
+                except ValueError as error:
+                    assert name in str(error), f"the error does not name {name}: {error}"
+                else:
+                    raise AssertionError(f"{name}={value} was accepted")
+
+
+def check_output(loss: Loss) -> None:
+    """loss and metrics float32 [B]; eager (with boolean masks), compiled and vmapped evaluation agree."""
+    inputs, state = make_inputs(loss), state_of(loss)
+    output, _ = run(loss, inputs)
+    for name, value in {"loss": output.loss, **output.metrics}.items():
+        assert value.shape == (B,) and value.dtype == np.float32, f"{name} is {value.dtype}{value.shape}"
+    boolean = {n: jnp.asarray(v, bool if n.endswith("mask") else v.dtype) for n, v in inputs.items()}
+    with jax.numpy_rank_promotion("raise"):
+        assert_same(loss(**boolean, **state), output)
+    other = make_inputs(loss, seed=1)
+    stacked = {n: jnp.stack([inputs[n], other[n]]) for n in inputs}
+    both = jax.vmap(lambda arrays: loss(**arrays, **state))(stacked)
+    assert_same(jax.tree.map(lambda v: v[0], both), output)
+    assert_same(jax.tree.map(lambda v: v[1], both), run(loss, other)[0])
+
+
+def check_finite(loss: Loss) -> None:
+    """Value, metrics and gradient stay finite: ordinary, one token, empty completions, margins of +-1e4."""
+    for masks in (ragged, one_token, some_empty):
+        for policy in (ordinary, extreme):
+            assert_finite(
+                run(loss, make_inputs(loss, masks=masks, policy=policy)), f"{masks.__name__} {policy.__name__}"
+            )
+
+
+def check_bfloat16(loss: Loss) -> None:
+    """bfloat16 arrays are computed in float32: equal to the float32 loss of the rounded values."""
+    inputs, state = make_inputs(loss), state_of(loss)
+    per_token = [n for n in inputs if not n.endswith("mask") and n.endswith(("_logps", "kl", "entropy", "collision"))]
+    half = {n: jnp.asarray(v, jnp.bfloat16 if n in per_token else v.dtype) for n, v in inputs.items()}
+    rounded = {n: np.asarray(v, inputs[n].dtype) for n, v in half.items()}
+    # Not compiled: XLA may keep the digits between two fused bfloat16 operations and so hide the second one.
+    output = loss(**half, **state)
+    assert output.loss.dtype == np.float32
+    assert_same(output, run(loss, rounded)[0])
+    far = make_inputs(loss, policy=extreme)
+    far = {n: v.astype(jnp.bfloat16) if n in per_token else v for n, v in far.items()}
+    assert_finite(run(loss, far), "bfloat16 extreme")
+
+
+def check_masks(loss: Loss) -> None:
+    """What stands behind a zero of a mask changes neither value, nor metrics, nor gradient."""
+    for masks in (ragged, some_empty):
+        inputs = make_inputs(loss, masks=masks)
+        spoiled = {}
+        for name, value in inputs.items():
+            mask = inputs.get(mask_of(name))
+            spoils = mask is not None and value.shape == mask.shape and value.dtype == np.float32
+            rubbish = np.resize(GARBAGE, value.shape)
+            spoiled[name] = np.where(mask == 0, rubbish, value) if spoils and not name.endswith("mask") else value
+        output, gradient = run(loss, inputs)
+        other, other_gradient = run(loss, spoiled)
+        assert_same(other, output)
+        for name in gradient:
+            np.testing.assert_array_equal(other_gradient[name], gradient[name], err_msg=name)
+            mask = inputs.get(mask_of(name))
+            if mask is not None and mask.shape == gradient[name].shape and not name.endswith("mask"):
+                assert (gradient[name][mask == 0] == 0).all(), f"gradient of {name} behind its mask"
+
+
+def check_rows(loss: Loss) -> None:
+    """Rows do not know each other, unless the docstring says batch-coupled."""
+    if "batch-coupled" in (loss.__doc__ or ""):
+        return
+    inputs = make_inputs(loss)
+    output, gradient = run(loss, inputs)
+    order = np.array([3, 0, 5, 1, 4, 2])
+    permuted, permuted_gradient = run(loss, {n: v[order] for n, v in inputs.items()})
+    assert_same(permuted, jax.tree.map(lambda v: v[order] if np.shape(v)[:1] == (B,) else v, output))
+    for name in gradient:
+        np.testing.assert_allclose(permuted_gradient[name], gradient[name][order], err_msg=name, **TOLERANCE)
+    # Other neighbours: the even rows stay, the odd ones come from another draw.
+    even = np.arange(B) % 2 == 0
+    other = make_inputs(loss, seed=1)
+    mixed = {n: np.where(even.reshape(-1, *[1] * (v.ndim - 1)), v, other[n]) for n, v in inputs.items()}
+    np.testing.assert_allclose(run(loss, mixed)[0].loss[even], output.loss[even], **TOLERANCE)
+
+
+def check_constants(loss: Loss) -> None:
+    """Nothing flows into the reference, the masks or the collision statistics; something does into the policy."""
+    _, gradient = run(loss, make_inputs(loss))
+    for name, value in gradient.items():
+        if name.startswith("reference_") or name.endswith(("mask", "_collision")):
+            assert (value == 0).all(), f"gradient flows into {name}"
+        elif name.startswith("policy_") and name.endswith("_logps"):
+            assert (value != 0).any(), f"no gradient reaches {name}"
+
+
+def check_every_array_matters(loss: Loss) -> None:
+    """Each array that the signature asks for (and somebody pays for) changes the loss."""
+    inputs = make_inputs(loss)
+    before = run(loss, inputs)[0].loss
+    for name, value in inputs.items():
+        if value.dtype == np.int32:
+            continue
+        changed = value - 0.3 * (1 + np.random.default_rng(2).random(value.shape))
+        if name.endswith("mask"):
+            changed = value * (np.arange(T) == 0)
+        after = run(loss, {**inputs, name: changed.astype(np.float32)})[0].loss
+        assert (np.abs(after - before) > 1e-5).any(), f"{name} changes nothing"
+
+
+CHECKS = (
+    check_signature,
+    check_output,
+    check_finite,
+    check_bfloat16,
+    check_masks,
+    check_rows,
+    check_constants,
+    check_every_array_matters,
+)

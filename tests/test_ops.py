@@ -1,0 +1,134 @@
+"""Masked reductions, stable links and the sums of a completion, against float64 NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.ops import (
+    completion_sums,
+    logistic_loss,
+    masked_count,
+    masked_mean,
+    masked_sum,
+    pair_metrics,
+    require_between,
+    require_positive,
+    safe_divide,
+    smoothed_logistic_loss,
+)
+
+RNG = np.random.default_rng(0)
+VALUES = RNG.normal(size=(4, 7)).astype(np.float32)
+MASK = (np.arange(7) < np.array([7, 4, 1, 0])[:, None]) & (np.arange(7) != 2)
+RUBBISH = np.where(MASK, VALUES, np.resize([np.nan, np.inf, -np.inf, 1e30], VALUES.shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int32, np.float32])
+def test_masked_reductions_see_only_the_mask(dtype):
+    mask = jnp.asarray(MASK.astype(dtype))
+    total = (VALUES.astype(np.float64) * MASK).sum(-1)
+    count = MASK.sum(-1)
+    np.testing.assert_allclose(masked_sum(jnp.asarray(RUBBISH), mask), total, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(masked_mean(jnp.asarray(RUBBISH), mask), total / np.maximum(count, 1), atol=1e-6)
+    np.testing.assert_array_equal(masked_count(mask), count)
+
+
+@pytest.mark.parametrize("reduce", [masked_sum, masked_mean])
+def test_gradient_is_clean_behind_the_mask_and_absent_for_the_mask(reduce):
+    weights = jnp.array([1.0, -2.0, 3.0, 5.0])
+
+    def total(values, mask):
+        return jnp.sum(weights * reduce(values, mask))
+
+    by_values, by_mask = jax.grad(total, argnums=(0, 1))(jnp.asarray(RUBBISH), jnp.asarray(MASK, jnp.float32))
+    scale = 1 if reduce is masked_sum else np.maximum(MASK.sum(-1, keepdims=True), 1)
+    np.testing.assert_allclose(by_values, np.asarray(weights)[:, None] * MASK / scale, rtol=1e-6)
+    assert not np.any(by_mask)
+
+
+def test_masked_mean_with_weights_below_one():
+    values, weights = jnp.array([2.0, 4.0, 9.0]), jnp.array([0.1, 0.3, 0.0])
+    assert masked_mean(values, weights) == pytest.approx(3.5, rel=1e-6)
+
+
+def test_masked_sum_takes_another_axis():
+    np.testing.assert_allclose(masked_sum(VALUES, MASK, axis=0), (VALUES * MASK).sum(0), rtol=1e-6, atol=1e-6)
+
+
+def test_bfloat16_is_summed_in_float32():
+    # 256 + 1 is not a bfloat16 number: a sum in bfloat16 stops growing there.
+    assert masked_sum(jnp.ones(1000, jnp.bfloat16), jnp.ones(1000)) == 1000
+
+
+def test_safe_divide_by_zero_is_zero_with_zero_gradient():
+    numerator, denominator = jnp.array([3.0, 3.0, np.inf]), jnp.array([2.0, 0.0, 0.0])
+    np.testing.assert_array_equal(safe_divide(numerator, denominator), [1.5, 0.0, 0.0])
+    by_numerator, by_denominator = jax.grad(lambda n, d: safe_divide(n, d).sum(), argnums=(0, 1))(
+        numerator, denominator
+    )
+    np.testing.assert_array_equal(by_numerator, [0.5, 0.0, 0.0])
+    np.testing.assert_array_equal(by_denominator, [-0.75, 0.0, 0.0])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2, 0.5])
+def test_logistic_losses_and_their_slopes_at_any_size(smoothing):
+    x = np.array([-1e4, -90.0, -3.0, 0.0, 0.4, 90.0, 1e4])
+    positive, negative = np.logaddexp(0, -x), np.logaddexp(0, x)
+    expected = (1 - smoothing) * positive + smoothing * negative
+    np.testing.assert_allclose(smoothed_logistic_loss(jnp.asarray(x), smoothing), expected, rtol=1e-6, atol=1e-30)
+    np.testing.assert_allclose(logistic_loss(jnp.asarray(x)), positive, rtol=1e-6, atol=1e-30)
+    slope = jax.vmap(jax.grad(lambda z: smoothed_logistic_loss(z, smoothing)))(jnp.asarray(x, jnp.float32))
+    sigmoid = np.exp(-np.logaddexp(0, -x))
+    np.testing.assert_allclose(slope, sigmoid - (1 - smoothing), atol=1e-6)
+
+
+def test_completion_sums_of_lists_and_without_reference():
+    policy = -RNG.gamma(2.0, size=(2, 3, 5)).astype(np.float32)
+    reference = -RNG.gamma(2.0, size=(2, 3, 5)).astype(np.float32)
+    mask = np.arange(5) < RNG.integers(0, 6, (2, 3, 1))
+    sums = completion_sums(jnp.asarray(policy), jnp.asarray(reference), jnp.asarray(mask))
+    np.testing.assert_allclose(sums.logps, (policy * mask).sum(-1), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(sums.log_ratio, ((policy - reference) * mask).sum(-1), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(sums.length, mask.sum(-1))
+    free = completion_sums(jnp.asarray(policy), None, jnp.asarray(mask))
+    np.testing.assert_array_equal(free.log_ratio, sums.logps)
+
+
+def test_log_ratio_keeps_a_margin_that_two_long_sums_would_lose():
+    # 4096 tokens of -8 nats: sums near -32768, where float32 steps are 0.002; each token's ratio is 2^-20.
+    policy = jnp.full((1, 4096), -8.0 + 2.0**-20)
+    sums = completion_sums(policy, jnp.full((1, 4096), -8.0), jnp.ones((1, 4096)))
+    assert sums.log_ratio[0] == pytest.approx(2.0**-8, rel=1e-6)
+
+
+def test_shapes_that_would_broadcast_are_refused():
+    with pytest.raises(AssertionError):
+        completion_sums(jnp.zeros((4, 3)), jnp.zeros((1, 3)), jnp.zeros((4, 3)))
+    with pytest.raises(AssertionError):
+        completion_sums(jnp.zeros((4, 3)), None, jnp.zeros((1, 3)))
+    one = completion_sums(jnp.zeros((1, 3)), None, jnp.ones((1, 3)))
+    four = completion_sums(jnp.zeros((4, 3)), None, jnp.ones((4, 3)))
+    with pytest.raises(AssertionError):
+        pair_metrics(four, one, four.log_ratio, one.log_ratio)
+
+
+def test_accuracy_counts_strictly_larger_rewards():
+    sums = completion_sums(jnp.zeros((3, 1)), None, jnp.ones((3, 1)))
+    metrics = pair_metrics(sums, sums, jnp.array([1.0, 0.0, -1.0]), jnp.array([0.0, 0.0, 0.0]))
+    np.testing.assert_array_equal(metrics["accuracy"], [1.0, 0.0, 0.0])
+    np.testing.assert_array_equal(metrics["margin"], [1.0, 0.0, -1.0])
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_require_positive_names_the_argument(value):
+    with pytest.raises(ValueError, match="gamma is"):
+        require_positive(beta=1.0, gamma=value)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), float("inf")])
+def test_require_between_names_the_argument(value):
+    require_between(0.0, 1.0, alpha=0.0)
+    require_between(0.0, float("inf"), alpha=1e9)
+    with pytest.raises(ValueError, match="alpha is"):
+        require_between(0.0, 1.0 if value != float("inf") else value, alpha=value)

@@ -20,9 +20,6 @@ from jax.sharding import PartitionSpec as P
 from dpo_jax.checkpoint import CheckpointError, _fingerprint, open_checkpoints
 from dpo_jax.sharding import make_mesh
 
-# When one read of a damaged checkpoint fails, Orbax closes its event loop under the other reads, which then complain.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 
 @dataclass(frozen=True)
 class State:

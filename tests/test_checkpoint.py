@@ -20,6 +20,9 @@ from jax.sharding import PartitionSpec as P
 from dpo_jax.checkpoint import CheckpointError, _fingerprint, open_checkpoints
 from dpo_jax.sharding import make_mesh
 
+# Orbax leaves the reads that ran beside a failed one to the garbage collector, which complains of each.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 @dataclass(frozen=True)
 class State:

@@ -1,4 +1,7 @@
-"""Small operations that many losses share: masked reductions, stable links, what one completion contributes."""
+"""Small operations that many losses share: masked reductions, stable links, batch means, what a completion contributes.
+
+A batch may hold empty places: rows in which every mask is zero. Statistics over the batch leave them out (`present`).
+"""
 
 import math
 from typing import NamedTuple
@@ -11,6 +14,8 @@ from dpo_jax.types import Array
 
 # The largest exponent handed to exp in a loss: e^80 = 5.5e34 leaves float32 room for sums and coefficients.
 MAX_EXPONENT = 80.0
+# The largest mean log-probability that log1mexp tells from 0: float32 has no probability between 1 - 6e-8 and 1.
+MAX_LOG_PROBABILITY = -1e-6
 
 
 def masked_sum(values: Array, mask: Array, axis: int = -1) -> Array:
@@ -53,12 +58,59 @@ def smoothed_logistic_loss(logits: Array, label_smoothing: float) -> Array:
     return (1 - label_smoothing) * logistic_loss(logits) + label_smoothing * logistic_loss(-logits)
 
 
+def log1mexp(logp: Array) -> Array:
+    """log(1 - e^x) for log-probabilities x, float32; x is taken as at most -1e-6, where the gradient ends."""
+    x = jnp.minimum(logp.astype(jnp.float32), MAX_LOG_PROBABILITY)
+    near_zero = x > -math.log(2.0)
+    # Each branch gets arguments of its own half only: the gradient of the branch not taken would be inf * 0.
+    right = jnp.log(-jnp.expm1(jnp.where(near_zero, x, -1.0)))
+    left = jnp.log1p(-jnp.exp(jnp.where(near_zero, -1.0, x)))
+    return jnp.where(near_zero, right, left)
+
+
+def log_odds(logp: Array) -> Array:
+    """log(p / (1 - p)) of a probability given by its logarithm, float32."""
+    return logp.astype(jnp.float32) - log1mexp(logp)
+
+
+def present(*masks: Array) -> Array:
+    """Float32 [B]: one for rows that have a token in any of the masks [B, ...], zero for empty places of a batch."""
+    return jnp.stack([(mask != 0).reshape(mask.shape[0], -1).any(-1) for mask in masks]).any(0).astype(jnp.float32)
+
+
+def batch_mean(values: Array, there: Array) -> Array:
+    """Mean of [B] values over the rows that are there (`present`), float32 scalar; zero if there is none."""
+    return masked_mean(values, there)
+
+
+def token_mean_nll(logps: Array, mask: Array) -> Array:
+    """Negative log-likelihood, float32 [B], scaled so that its mean over rows with tokens is the batch's token mean.
+
+    Long completions weigh more in it than short ones. The scale couples the rows of a batch.
+
+    Args:
+      logps: [B, T] log-probabilities of completion tokens.
+      mask: [B, T], one at completion tokens.
+    """
+    length = masked_count(mask)
+    return -safe_divide(masked_sum(logps, mask), batch_mean(length, present(mask)))
+
+
+def cosine_similarity(a: Array, b: Array) -> Array:
+    """Cosine of the angle between vectors [..., D], float32 [...]; zero if one of them is zero."""
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    # Scaled by the largest entry first: squares of 1e20 leave float32.
+    a, b = (safe_divide(v, jnp.max(jnp.abs(v), axis=-1, keepdims=True)) for v in (a, b))
+    square = jnp.sum(a * a, axis=-1) * jnp.sum(b * b, axis=-1)
+    return safe_divide(jnp.sum(a * b, axis=-1), jnp.sqrt(jnp.where(square == 0, 1.0, square)) * (square != 0))
+
+
 class CompletionSums(NamedTuple):
     """What one completion contributes to most losses; every field float32, the shape of the mask less its last axis.
 
     Attributes:
       logps: sum of the policy's log-probabilities over the completion's tokens.
-      log_ratio: log pi(y|x) / pi_ref(y|x), the sum over tokens; equal to `logps` if there is no reference.
+      log_ratio: log pi(y|x) / pi_ref(y|x), the (weighted) sum over tokens; that of `logps` if there is no reference.
       length: number of tokens |y|.
     """
 
@@ -67,23 +119,87 @@ class CompletionSums(NamedTuple):
     length: Array
 
 
-def completion_sums(policy_logps: Array, reference_logps: Array | None, mask: Array) -> CompletionSums:
+def completion_sums(
+    policy_logps: Array, reference_logps: Array | None, mask: Array, weights: Array | None = None
+) -> CompletionSums:
     """Sums over the tokens of each completion, in float32 whatever the inputs are.
+
+    The core of all token-weighted methods: `log_ratio` is sum_t w_t (log pi(y_t) - log pi_ref(y_t)).
 
     Args:
       policy_logps: [..., T] log-probability of each completion token.
       reference_logps: [..., T] the same under the reference, a constant (stop_gradient); None for a uniform reference.
       mask: [..., T], one at completion tokens.
+      weights: [..., T] of the tokens in `log_ratio`, constants of any sign; all one by default. What stands behind the
+        mask is not read.
     """
     chex.assert_equal_shape([policy_logps, mask])
     logps = masked_sum(policy_logps, mask)
     length = masked_count(mask)
-    if reference_logps is None:
-        return CompletionSums(logps, logps, length)
-    chex.assert_equal_shape([policy_logps, reference_logps])
-    reference = jax.lax.stop_gradient(reference_logps.astype(jnp.float32))
-    # Differences first, then the sum: two long sums of nearly equal size would cancel and lose the margin.
-    return CompletionSums(logps, masked_sum(policy_logps.astype(jnp.float32) - reference, mask), length)
+    ratios = policy_logps.astype(jnp.float32)
+    if reference_logps is not None:
+        chex.assert_equal_shape([policy_logps, reference_logps])
+        # Differences first, then the sum: two long sums of nearly equal size would cancel and lose the margin.
+        ratios = ratios - jax.lax.stop_gradient(reference_logps.astype(jnp.float32))
+    if weights is not None:
+        chex.assert_equal_shape([policy_logps, weights])
+        mask = jnp.where(mask != 0, mask * weights.astype(jnp.float32), 0.0)  # a constant: masked_sum stops it
+    return CompletionSums(logps, masked_sum(ratios, mask), length)
+
+
+def strict_pairs(labels: Array, there: Array) -> Array:
+    """Float32 [..., K, K]: one where item i is labelled strictly above item j and both are there.
+
+    Args:
+      labels: [..., K].
+      there: [..., K], zero at absent items.
+    """
+    labels, there = jax.lax.stop_gradient(labels.astype(jnp.float32)), there != 0
+    above = labels[..., :, None] > labels[..., None, :]
+    return (above & there[..., :, None] & there[..., None, :]).astype(jnp.float32)
+
+
+def ranks(scores: Array, there: Array) -> Array:
+    """1-based rank of each item by descending score, float32 [..., K]; absent items rank last, ties in list order."""
+    scores = jnp.where(there != 0, jax.lax.stop_gradient(scores.astype(jnp.float32)), -jnp.inf)
+    order = jnp.argsort(-scores, axis=-1, stable=True)
+    return 1.0 + jnp.argsort(order, axis=-1).astype(jnp.float32)
+
+
+def lambda_weights(labels: Array, scores: Array, there: Array) -> Array:
+    """LambdaLoss weight of every pair of items, float32 [..., K, K], a constant.
+
+    |2^label_i - 2^label_j| |1/ln(1 + rank_i) - 1/ln(1 + rank_j)|, ranks by descending score (arXiv 2402.01878, eq. 9).
+
+    Args:
+      labels: [..., K] graded relevance, usually in [0, 1].
+      scores: [..., K] what the model ranks by.
+      there: [..., K], zero at absent items.
+    """
+    gain = jnp.exp2(jax.lax.stop_gradient(jnp.where(there != 0, labels.astype(jnp.float32), 0.0)))
+    discount = 1.0 / jnp.log1p(ranks(scores, there))
+    between = jnp.abs(gain[..., :, None] - gain[..., None, :]) * jnp.abs(
+        discount[..., :, None] - discount[..., None, :]
+    )
+    return between * ((there != 0)[..., :, None] & (there != 0)[..., None, :])
+
+
+def plackett_luce_nll(scores: Array, labels: Array, there: Array) -> Array:
+    """Negative log-likelihood of the order of the labels under Plackett-Luce with the given scores, float32 [...].
+
+    sum_k logsumexp_{j >= k} s_(j) - s_(k), (k) the item with the k-th largest label (ties in list order).
+
+    Args:
+      scores: [..., K], finite where there.
+      labels: [..., K].
+      there: [..., K], zero at absent items.
+    """
+    order = jnp.argsort(ranks(labels, there), axis=-1)
+    there = jnp.take_along_axis(there != 0, order, axis=-1)  # absent ones are at the end now
+    scores = jnp.take_along_axis(scores.astype(jnp.float32), order, axis=-1)
+    low = jnp.finfo(jnp.float32).min
+    after = jax.lax.cumlogsumexp(jnp.where(there, scores, low), axis=scores.ndim - 1, reverse=True)
+    return jnp.sum(jnp.where(there, jnp.where(there, after, 0.0) - scores, 0.0), axis=-1)
 
 
 def pair_metrics(

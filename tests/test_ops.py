@@ -6,16 +6,26 @@ import numpy as np
 import pytest
 
 from dpo_jax.ops import (
+    batch_mean,
     completion_sums,
+    cosine_similarity,
+    lambda_weights,
+    log1mexp,
+    log_odds,
     logistic_loss,
     masked_count,
     masked_mean,
     masked_sum,
     pair_metrics,
+    plackett_luce_nll,
+    present,
+    ranks,
     require_between,
     require_positive,
     safe_divide,
     smoothed_logistic_loss,
+    strict_pairs,
+    token_mean_nll,
 )
 
 RNG = np.random.default_rng(0)
@@ -132,3 +142,110 @@ def test_require_between_names_the_argument(value):
     require_between(0.0, float("inf"), alpha=1e9)
     with pytest.raises(ValueError, match="alpha is"):
         require_between(0.0, 1.0 if value != float("inf") else value, alpha=value)
+
+
+@pytest.mark.parametrize("x", [-1e4, -90.0, -5.0, -0.7, -0.6931, -0.5, -1e-3, -2e-6])
+def test_log1mexp_and_log_odds_in_float64(x):
+    expected = np.log(-np.expm1(np.float64(np.float32(x))))
+    np.testing.assert_allclose(log1mexp(jnp.float32(x)), expected, rtol=2e-6, atol=1e-30)
+    np.testing.assert_allclose(log_odds(jnp.float32(x)), np.float64(np.float32(x)) - expected, rtol=2e-6, atol=1e-7)
+    slope = np.exp(np.float64(np.float32(x)) - expected) * -1
+    np.testing.assert_allclose(jax.grad(log1mexp)(jnp.float32(x)), slope, rtol=2e-6, atol=1e-30)
+
+
+def test_log1mexp_is_finite_where_the_probability_rounds_to_one():
+    for x in (0.0, -1e-9):
+        assert np.isfinite(log1mexp(jnp.float32(x))) and np.isfinite(jax.grad(log1mexp)(jnp.float32(x)))
+
+
+def test_statistics_of_a_batch_leave_empty_places_out():
+    chosen, rejected = jnp.array([[1, 1], [0, 0], [0, 0]]), jnp.array([[0, 0], [0, 1], [0, 0]])
+    there = present(chosen, rejected)
+    np.testing.assert_array_equal(there, [1, 1, 0])
+    np.testing.assert_array_equal(present(jnp.stack([chosen, rejected], 1)), [1, 1, 0])  # [B, K, T]
+    assert batch_mean(jnp.array([1.0, 3.0, np.nan]), there) == 2.0
+    assert batch_mean(jnp.array([np.nan]), jnp.zeros(1)) == 0.0
+
+
+def test_token_mean_nll_averages_to_the_mean_over_all_tokens():
+    nll = token_mean_nll(jnp.asarray(RUBBISH), jnp.asarray(MASK))
+    there = present(jnp.asarray(MASK))
+    np.testing.assert_allclose(batch_mean(nll, there), -VALUES[MASK].astype(np.float64).mean(), rtol=1e-6)
+    np.testing.assert_array_equal(token_mean_nll(jnp.asarray(RUBBISH), jnp.zeros(MASK.shape)), np.zeros(4))
+
+
+def test_cosine_similarity_at_any_scale():
+    a, b = RNG.normal(size=(2, 5, 3)).astype(np.float32)
+    expected = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+    for scale in (1e-20, 1.0, 1e25):
+        np.testing.assert_allclose(cosine_similarity(jnp.asarray(a * scale), jnp.asarray(b)), expected, rtol=1e-5)
+    zero = jnp.zeros((2, 3))
+    assert not np.any(cosine_similarity(zero, jnp.ones((2, 3))))
+    assert np.isfinite(jax.grad(lambda v: jnp.sum(cosine_similarity(v, jnp.ones((2, 3)))))(zero)).all()
+
+
+def test_token_weights_weigh_log_ratios_and_nothing_else():
+    reference, weights = RNG.normal(size=(2, *VALUES.shape)).astype(np.float32)
+    rubbish = np.where(MASK, weights, np.nan)
+    sums = completion_sums(jnp.asarray(RUBBISH), jnp.asarray(reference), jnp.asarray(MASK), jnp.asarray(rubbish))
+    plain = completion_sums(jnp.asarray(RUBBISH), jnp.asarray(reference), jnp.asarray(MASK))
+    np.testing.assert_allclose(sums.log_ratio, np.where(MASK, weights * (VALUES - reference), 0).sum(-1), rtol=1e-5)
+    np.testing.assert_array_equal(sums.logps, plain.logps)
+    np.testing.assert_array_equal(sums.length, plain.length)
+
+    def total(policy, weights):
+        return jnp.sum(completion_sums(policy, jnp.asarray(reference), jnp.asarray(MASK), weights).log_ratio)
+
+    by_policy, by_weights = jax.grad(total, argnums=(0, 1))(jnp.asarray(RUBBISH), jnp.asarray(rubbish))
+    np.testing.assert_allclose(by_policy, np.where(MASK, weights, 0), rtol=1e-6)
+    assert not np.any(by_weights)
+
+
+SCORES = np.array([[0.3, -1.2, 2.0, 0.7], [1.0, 5.0, -3.0, 0.0]], np.float32)
+LABELS = np.array([[0.1, 0.9, 0.4, 0.4], [0.8, 0.2, 0.5, 0.0]], np.float32)
+THERE = np.array([[1, 1, 1, 1], [1, 0, 1, 1]], np.float32)
+
+
+def test_pairs_and_ranks_of_lists():
+    pairs = strict_pairs(jnp.asarray(LABELS), jnp.asarray(THERE))
+    for row in range(2):
+        for i in range(4):
+            for j in range(4):
+                assert pairs[row, i, j] == (LABELS[row, i] > LABELS[row, j] and THERE[row, i] * THERE[row, j])
+    np.testing.assert_array_equal(ranks(jnp.asarray(SCORES), jnp.asarray(THERE)), [[3, 4, 1, 2], [1, 4, 3, 2]])
+    np.testing.assert_array_equal(ranks(jnp.zeros(3), jnp.ones(3)), [1, 2, 3])
+
+
+def test_lambda_weights_in_float64():
+    weights = lambda_weights(jnp.asarray(LABELS), jnp.asarray(SCORES), jnp.asarray(THERE))
+    tau = np.array([[3, 4, 1, 2], [1, 4, 3, 2]], np.float64)
+    for row in range(2):
+        for i in range(4):
+            for j in range(4):
+                gain = abs(2 ** np.float64(LABELS[row, i]) - 2 ** np.float64(LABELS[row, j]))
+                discount = abs(1 / np.log(1 + tau[row, i]) - 1 / np.log(1 + tau[row, j]))
+                expected = gain * discount * THERE[row, i] * THERE[row, j]
+                np.testing.assert_allclose(weights[row, i, j], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_plackett_luce_in_float64():
+    there, scores = jnp.asarray(THERE), jnp.asarray(np.where(THERE > 0, SCORES, np.nan))
+    orders = [[1, 2, 3, 0], [0, 2, 3]]  # by label, ties in list order
+    expected = []
+    for row, order in enumerate(orders):
+        s = SCORES[row, order].astype(np.float64)
+        expected.append(sum(np.log(np.exp(s[k:]).sum()) - s[k] for k in range(len(s))))
+    np.testing.assert_allclose(plackett_luce_nll(scores, jnp.asarray(LABELS), there), expected, rtol=1e-5)
+    gradient = jax.grad(lambda s: jnp.sum(plackett_luce_nll(s, jnp.asarray(LABELS), there)))(scores)
+    step = 1e-3 * np.eye(4)
+    for k in range(4):
+
+        def value(s):
+            s = s[orders[0]].astype(np.float64)
+            return sum(np.log(np.exp(s[i:]).sum()) - s[i] for i in range(4))
+
+        slope = (value(SCORES[0] + step[k]) - value(SCORES[0] - step[k])) / 2e-3
+        np.testing.assert_allclose(gradient[0, k], slope, rtol=1e-4, atol=1e-5)
+    assert gradient[1, 1] == 0
+    far = plackett_luce_nll(jnp.array([1e4, -1e4, 0.0]), jnp.array([0.0, 1.0, 2.0]), jnp.ones(3))
+    np.testing.assert_allclose(far, 1e4 + 2e4, rtol=1e-5)

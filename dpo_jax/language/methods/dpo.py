@@ -51,6 +51,7 @@ from dpo_jax.ops import (
     require_positive,
     safe_divide,
     smoothed_logistic_loss,
+    token_mean_nll,
 )
 from dpo_jax.types import Array, LossOutput
 
@@ -337,8 +338,7 @@ def rpo_token_mean_loss(
     """
     chosen = completion_sums(policy_chosen_logps, reference_chosen_logps, chosen_mask)
     rejected = completion_sums(policy_rejected_logps, reference_rejected_logps, rejected_mask)
-    mean_length = safe_divide(jnp.sum(chosen.length), jnp.sum((chosen.length > 0).astype(jnp.float32)))
-    return _dpo_with_nll(chosen, rejected, beta, nll_coef, nll=-safe_divide(chosen.logps, mean_length))
+    return _dpo_with_nll(chosen, rejected, beta, nll_coef, nll=token_mean_nll(policy_chosen_logps, chosen_mask))
 
 
 def rpo_sum_loss(

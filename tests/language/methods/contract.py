@@ -8,6 +8,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
+import re
 import sys
 import zlib
 from collections.abc import Callable
@@ -24,8 +25,29 @@ B, K, T = 6, 3, 5  # rows, completions, tokens
 Loss = Callable[..., LossOutput]
 Arrays = dict[str, np.ndarray]
 
+
+def _numbers(*shape: int) -> Callable[[np.random.Generator], np.ndarray]:
+    return lambda rng: rng.normal(0.0, 1.0, (B, *shape))
+
+
+def _shares(*shape: int) -> Callable[[np.random.Generator], np.ndarray]:
+    return lambda rng: rng.uniform(0.05, 0.95, (B, *shape))
+
+
 # Arrays that only one paper knows: name -> maker of a [B, ...] array. Per-token ones are found by their shape.
-COLUMNS: dict[str, Callable[[np.random.Generator], np.ndarray]] = {}
+COLUMNS: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
+    "labels": lambda rng: np.arange(B) % 2,
+    "scores": _numbers(K),
+    "target_probs": lambda rng: rng.dirichlet(np.ones(K), B),
+    "chosen_score": lambda rng: rng.uniform(0.5, 2.0, B),
+    "rejected_score": lambda rng: rng.uniform(-2.0, 0.4, B),
+    "chosen_win_prob": _shares(),
+    "rejected_win_prob": _shares(),
+    "label_prob": _shares(),
+    "margin": _numbers(),
+    "calibration": lambda rng: rng.gamma(2.0, 0.5, B),
+    "semantic_distance": lambda rng: rng.uniform(0.0, 2.0, B),
+}
 
 GARBAGE = np.array([np.nan, np.inf, -np.inf, 1e30], np.float32)
 TOLERANCE = dict(rtol=1e-5, atol=1e-6)  # two float32 evaluations of one formula in another order
@@ -58,8 +80,8 @@ def options(loss: Loss) -> dict[str, inspect.Parameter]:
 
 def mask_of(name: str) -> str:
     """The mask that belongs to a per-token array: policy_chosen_logps -> chosen_mask, policy_logps -> mask."""
-    side = name.removeprefix("policy_").removeprefix("reference_").removesuffix("step_ids").rstrip("_")
-    side = side if name.endswith("step_ids") else side.rpartition("_")[0]
+    side = re.sub("^(policy|reference|guidance|contrastive)_", "", name)
+    side = side.removesuffix("step_ids").rstrip("_") if side.endswith("step_ids") else side.rpartition("_")[0]
     return f"{side}_mask" if side else "mask"
 
 
@@ -128,7 +150,10 @@ def make_inputs(loss: Loss, *, masks: Callable = ragged, policy: Callable = ordi
         value = make_array(name, mask, np.random.default_rng([seed, zlib.crc32(name.encode())]))
         is_policy = name.startswith("policy_") and name.endswith("_logps")
         inputs[name] = policy(value, mask, "rejected" in name) if is_policy and mask is not None else value
-    return {n: v if v.dtype == np.int32 else v.astype(np.float32) for n, v in inputs.items()}
+    for name in set(inputs) & set(COLUMNS):
+        if masks is some_empty:
+            inputs[name] = np.where(np.arange(B).reshape(-1, *[1] * (inputs[name].ndim - 1)) == B - 1, 0, inputs[name])
+    return {n: v.astype(np.int32 if np.issubdtype(v.dtype, np.integer) else np.float32) for n, v in inputs.items()}
 
 
 def state_of(loss: Loss) -> dict:
@@ -275,11 +300,23 @@ def check_rows(loss: Loss) -> None:
     np.testing.assert_allclose(run(loss, mixed)[0].loss[even], output.loss[even], **TOLERANCE)
 
 
+def check_empty_places(loss: Loss) -> None:
+    """A row without tokens counts for nothing in the statistics of a batch: without it the others' losses are equal."""
+    if "batch-coupled" not in (loss.__doc__ or ""):
+        return
+    inputs = make_inputs(loss, masks=some_empty)
+    with_empty, _ = run(loss, inputs)
+    without, _ = run(loss, {n: v[:-1] for n, v in inputs.items()})
+    np.testing.assert_allclose(with_empty.loss[:-1], without.loss, **TOLERANCE)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), with_empty.state, without.state)
+
+
 def check_constants(loss: Loss) -> None:
-    """Nothing flows into the reference, the masks or the collision statistics; something does into the policy."""
+    """Nothing flows into the reference, frozen models, columns, masks or collision statistics; some into the policy."""
     _, gradient = run(loss, make_inputs(loss))
     for name, value in gradient.items():
-        if name.startswith("reference_") or name.endswith(("mask", "_collision")):
+        frozen = name.startswith(("reference_", "guidance_", "contrastive_")) or name in COLUMNS
+        if frozen or name.endswith(("mask", "_collision")):
             assert (value == 0).all(), f"gradient flows into {name}"
         elif name.startswith("policy_") and name.endswith("_logps"):
             assert (value != 0).any(), f"no gradient reaches {name}"
@@ -290,12 +327,14 @@ def check_every_array_matters(loss: Loss) -> None:
     inputs = make_inputs(loss)
     before = run(loss, inputs)[0].loss
     for name, value in inputs.items():
-        if value.dtype == np.int32:
+        if value.dtype == np.int32 and name != "labels":
             continue
         changed = value - 0.3 * (1 + np.random.default_rng(2).random(value.shape))
+        if name == "labels":
+            changed = 1 - value
         if name.endswith("mask"):
             changed = value * (np.arange(T) == 0)
-        after = run(loss, {**inputs, name: changed.astype(np.float32)})[0].loss
+        after = run(loss, {**inputs, name: changed.astype(value.dtype)})[0].loss
         assert (np.abs(after - before) > 1e-5).any(), f"{name} changes nothing"
 
 
@@ -306,6 +345,7 @@ CHECKS = (
     check_bfloat16,
     check_masks,
     check_rows,
+    check_empty_places,
     check_constants,
     check_every_array_matters,
 )

@@ -47,6 +47,7 @@ COLUMNS: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
     "margin": _numbers(),
     "calibration": lambda rng: rng.gamma(2.0, 0.5, B),
     "semantic_distance": lambda rng: rng.uniform(0.0, 2.0, B),
+    "is_adversarial": lambda rng: (np.arange(B) % 3 == 0).astype(np.int32),
 }
 
 GARBAGE = np.array([np.nan, np.inf, -np.inf, 1e30], np.float32)
@@ -125,6 +126,8 @@ def make_array(name: str, mask: np.ndarray | None, rng: np.random.Generator) -> 
     """An ordinary value for one argument, by the table of names; per-token ones have the shape of their mask."""
     if name in COLUMNS:
         return COLUMNS[name](rng)
+    if name.startswith("policy_") and name.endswith("_reward"):  # of a reward model: one number per completion
+        return rng.normal(0.0, 1.0, (B, K) if name == "policy_reward" else (B,))
     if mask is None:
         raise KeyError(f"no rule makes the array {name!r}: add it to COLUMNS in tests/language/methods/contract.py")
     if name.endswith("step_ids"):
@@ -153,7 +156,7 @@ def make_inputs(loss: Loss, *, masks: Callable = ragged, policy: Callable = ordi
     for name in set(inputs) & set(COLUMNS):
         if masks is some_empty:
             inputs[name] = np.where(np.arange(B).reshape(-1, *[1] * (inputs[name].ndim - 1)) == B - 1, 0, inputs[name])
-    return {n: v.astype(np.int32 if np.issubdtype(v.dtype, np.integer) else np.float32) for n, v in inputs.items()}
+    return {n: v.astype(np.int32 if v.dtype.kind == "i" else np.float32) for n, v in inputs.items()}
 
 
 def state_of(loss: Loss) -> dict:
@@ -318,7 +321,7 @@ def check_constants(loss: Loss) -> None:
         frozen = name.startswith(("reference_", "guidance_", "contrastive_")) or name in COLUMNS
         if frozen or name.endswith(("mask", "_collision")):
             assert (value == 0).all(), f"gradient flows into {name}"
-        elif name.startswith("policy_") and name.endswith("_logps"):
+        elif name.startswith("policy_") and name.endswith(("_logps", "_reward")):
             assert (value != 0).any(), f"no gradient reaches {name}"
 
 

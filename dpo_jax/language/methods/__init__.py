@@ -15,9 +15,9 @@ from dpo_jax.language.methods.dpo import (
     rpo_loss,
     rpo_sum_loss,
     rpo_token_mean_loss,
-    wpo_loss,
 )
 from dpo_jax.language.methods.sft import sft_loss
+from dpo_jax.language.methods.wpo_weights import wpo_loss
 
 __all__ = [
     "alpha_divergence_loss",

@@ -1,6 +1,6 @@
 """DPO and its family: one classification loss on preference pairs in place of a reward model and RL.
 
-Rafailov et al. 2023, arXiv 2305.18290, eq. 7. Evidence: official code (dpo, cdpo, ipo_sum, f-DPO, wpo), other
+Rafailov et al. 2023, arXiv 2305.18290, eq. 7. Evidence: official code (dpo, cdpo, ipo_sum, f-DPO), other
 libraries (robust, ipo, hinge, rpo), the paper's derivation (rdpo). With S the sum over completion tokens,
 
     u = S(log pi(y_w)) - S(log pi_ref(y_w)),  v likewise for y_l,  x = beta (u - v)
@@ -13,11 +13,10 @@ libraries (robust, ipo, hinge, rpo), the paper's derivation (rdpo). With S the s
     f-DPO        softplus(-beta (s(u) - s(v))),  s = f': forward_kl, js, alpha_divergence; s(u) = u is dpo
     rdpo         softplus(-(x + alpha (|y_w| - |y_l|)))
     rpo          dpo + nll_coef * NLL(y_w)
-    wpo          w * dpo,  w = min(1, exp(a_w + a_l)) a constant
     reference_free   dpo with log pi_ref = 0
 
-Shapes: log-probabilities and statistics [B, T] in any float dtype, masks [B, T] one at completion tokens; every result
-[B] float32. Reference arrays and masks are constants. Options out of their range raise ValueError.
+Shapes: log-probabilities [B, T] in any float dtype, masks [B, T] one at completion tokens; every result [B] float32.
+Reference arrays and masks are constants. Options out of their range raise ValueError.
 TR-DPO (arXiv 2404.09656) is any of these with a reference that `dpo_jax.tree.interpolate` moves every 512 steps or so.
 Experiment: experiments/dpo.py
 Measured: with 30 % of the labels flipped the true reward is 0.88 for robust, 0.64 for dpo, 0.22 for cdpo; with the NLL
@@ -45,7 +44,6 @@ from dpo_jax.ops import (
     CompletionSums,
     completion_sums,
     logistic_loss,
-    masked_mean,
     pair_metrics,
     require_between,
     require_positive,
@@ -363,38 +361,6 @@ def rpo_sum_loss(
     return _dpo_with_nll(chosen, rejected, beta, nll_coef, nll=-chosen.logps)
 
 
-def wpo_loss(
-    *,
-    policy_chosen_logps: Array,
-    policy_rejected_logps: Array,
-    reference_chosen_logps: Array,
-    reference_rejected_logps: Array,
-    policy_chosen_collision: Array,
-    policy_rejected_collision: Array,
-    chosen_mask: Array,
-    rejected_mask: Array,
-    beta: float = 0.01,
-) -> LossOutput:
-    """WPO (Zhou et al. 2024, arXiv 2406.11827): each pair counts as much as the policy would write it by itself.
-
-    With c_t = log sum_v pi(v | s_t)^2 (the collision statistics), a = mean_t (log pi(y_t | s_t) - c_t) for each
-    completion and w = min(1, exp(a_w + a_l)), not differentiated. The sum of weights is not normalised.
-
-    Args:
-      beta: strength of the KL constraint to the reference, above 0.
-    """
-    chosen = completion_sums(policy_chosen_logps, reference_chosen_logps, chosen_mask)
-    rejected = completion_sums(policy_rejected_logps, reference_rejected_logps, rejected_mask)
-    # The weight imitates sampling from the policy; the paper lets no gradient through it.
-    log_weight = jax.lax.stop_gradient(
-        _alignment(policy_chosen_logps, policy_chosen_collision, chosen_mask)
-        + _alignment(policy_rejected_logps, policy_rejected_collision, rejected_mask)
-    )
-    pair_weight = jnp.exp(jnp.minimum(log_weight, 0.0))
-    loss = pair_weight * logistic_loss(_logits(chosen, rejected, beta))
-    return LossOutput(loss, {**_metrics(chosen, rejected, beta), "pair_weight": pair_weight})
-
-
 def reference_free_loss(
     *,
     policy_chosen_logps: Array,
@@ -444,8 +410,3 @@ def _dpo_with_nll(
     require_between(0.0, float("inf"), nll_coef=nll_coef)
     loss = logistic_loss(_logits(chosen, rejected, beta)) + nll_coef * nll
     return LossOutput(loss, {**_metrics(chosen, rejected, beta), "nll": nll})
-
-
-def _alignment(policy_logps: Array, collision: Array, mask: Array) -> Array:
-    """Mean over tokens of log pi(y_t) - log sum_v pi(v)^2, [B, T] -> [B]; 0 for an empty completion."""
-    return masked_mean(policy_logps.astype(jnp.float32) - collision.astype(jnp.float32), mask)

@@ -22,7 +22,6 @@ from dpo_jax.language.methods import (
     rpo_loss,
     rpo_sum_loss,
     rpo_token_mean_loss,
-    wpo_loss,
 )
 from dpo_jax.tree import interpolate
 
@@ -43,11 +42,6 @@ def pairs(seed=0, spread=0.5):
         arrays[f"policy_{side}_logps"] = arrays[f"reference_{side}_logps"] - rng.normal(0, spread, (B, T))
         arrays[f"{side}_mask"] = (np.arange(T) < rng.integers(1, T + 1, (B, 1))).astype(float)
     return arrays
-
-
-def collisions(seed=0):
-    rng = np.random.default_rng([seed, 1])
-    return {f"policy_{side}_collision": -rng.gamma(2.0, 0.7, (B, T)) for side in ("chosen", "rejected")}
 
 
 def float32(arrays):
@@ -131,14 +125,6 @@ def numpy_rpo_token_mean(a, beta, nll_coef):
 
 def numpy_rpo_sum(a, beta, nll_coef):
     return numpy_dpo(a, beta) - nll_coef * sums(a)[0]
-
-
-def numpy_pair_weight(a):
-    log_weight = 0.0
-    for side in ("chosen", "rejected"):
-        gap = a[f"policy_{side}_logps"] - a[f"policy_{side}_collision"]
-        log_weight = log_weight + (gap * a[f"{side}_mask"]).sum(-1) / a[f"{side}_mask"].sum(-1)
-    return np.minimum(1.0, np.exp(log_weight))
 
 
 MEMBERS = [
@@ -412,60 +398,6 @@ def test_token_mean_skips_empty_places():
     padded = {name: np.concatenate([value, np.zeros((3, T))]) for name, value in arrays.items()}
     whole = rpo_token_mean_loss(**float32(arrays)).loss
     np.testing.assert_allclose(rpo_token_mean_loss(**float32(padded)).loss[:B], whole, rtol=1e-6)
-
-
-# WPO
-
-
-def test_wpo_is_dpo_times_a_constant_weight():
-    arrays = {**pairs(), **collisions()}
-    weight, beta = numpy_pair_weight(arrays), 0.4
-    assert (weight < 0.99).sum() >= 2, "the case must not be trivial"
-    output = wpo_loss(**float32(arrays), beta=beta)
-    np.testing.assert_allclose(output.metrics["pair_weight"], weight, rtol=1e-5)
-    np.testing.assert_allclose(output.loss, weight * numpy_dpo(arrays, beta), rtol=2e-5)
-    for name, gradient in gradients(functools.partial(wpo_loss, beta=beta), arrays).items():
-        frozen = numeric_gradient(lambda a: weight * numpy_dpo(a, beta), arrays, name)
-        np.testing.assert_allclose(gradient, frozen, rtol=1e-4, atol=1e-6)
-
-
-def policy_statistics(logits, tokens):
-    logp = logits - np.logaddexp.reduce(logits, -1, keepdims=True)
-    return np.take_along_axis(logp, tokens[..., None], -1)[..., 0], np.log(np.exp(2 * logp).sum(-1))
-
-
-@pytest.mark.parametrize("kind", ["uniform", "argmax", "argmin"])
-def test_wpo_weight_of_known_policies(kind):
-    rng = np.random.default_rng(4)
-    arrays = pairs()
-    for side in ("chosen", "rejected"):
-        logits = np.zeros((B, T, 9)) if kind == "uniform" else rng.normal(0, 2, (B, T, 9))
-        tokens = logits.argmin(-1) if kind == "argmin" else logits.argmax(-1)
-        policy, collision = policy_statistics(logits, tokens)
-        arrays |= {f"policy_{side}_logps": policy, f"policy_{side}_collision": collision}
-    weight = wpo_loss(**float32(arrays)).metrics["pair_weight"]
-    if kind == "argmin":
-        assert np.all(weight < 1e-2)
-    else:  # uniform: a = 0 exactly; greedy text: a > 0 and the cap binds
-        np.testing.assert_allclose(weight, 1.0, rtol=1e-6)
-
-
-def test_wpo_alignment_has_expectation_one_over_the_policy():
-    logits = np.random.default_rng(5).normal(0, 2, (1, 1, 7))
-    tokens = np.arange(7)[:, None]
-    logp, collision = policy_statistics(np.repeat(logits, 7, 0), tokens)
-    # The rejected side is neutral (log-probability equal to its collision), so the weight is the chosen side's alone.
-    neutral = np.full_like(logp, -30.0)
-    inputs = scalar_pair(np.zeros(7)) | float32(
-        dict(
-            policy_chosen_logps=logp,
-            policy_chosen_collision=collision + 10.0,  # below the cap; the factor e^-10 is taken out again
-            policy_rejected_logps=neutral,
-            policy_rejected_collision=neutral,
-        )
-    )
-    weight = np.asarray(wpo_loss(**inputs).metrics["pair_weight"], np.float64) * np.exp(10.0)
-    assert (np.exp(logp[:, 0]) * weight).sum() == pytest.approx(1.0, rel=1e-4)
 
 
 # TR-DPO and options

@@ -10,7 +10,25 @@ import numpy as np
 from dpo_jax.logprobs import IGNORE
 from dpo_jax.types import Array
 
-__all__ = ["IGNORE", "Batch", "Example", "LanguageModel", "Prediction"]
+__all__ = ["COMPLETIONS", "IGNORE", "Batch", "Example", "LanguageModel", "Prediction"]
+
+# What the completions of an example are, by the form of its row: `policy_chosen_logps` is completion 0 of a pair.
+# The items of a list have no names.
+COMPLETIONS: Mapping[str, tuple[str, ...]] = {
+    "pairs": ("chosen", "rejected"),
+    "triples": ("chosen", "rejected", "gold"),
+    "singles": ("completion",),
+    "mismatched": ("completion", "mismatched"),
+    "revisions": (
+        "chosen",
+        "rejected",
+        "chosen_given_chosen",
+        "rejected_given_chosen",
+        "chosen_given_rejected",
+        "rejected_given_rejected",
+    ),
+    "lists": (),
+}
 
 
 @dataclass(frozen=True)
@@ -19,13 +37,24 @@ class Example:
 
     Attributes:
       prompt: int32 [P], P >= 1.
-      completions: K arrays int32 [C_k], C_k >= 1; for pairs the chosen one first.
+      completions: K arrays int32 [C_k], in the order of COMPLETIONS, the best of a list first; an absent item of a
+        shorter list has C_k = 0.
       columns: name -> scalar or array that belongs to this example (a reward margin, per-token weights [K, C], ...).
+      contexts: K arrays int32 of tokens that stand between the prompt and each completion and are not predicted (an
+        earlier answer that is to be revised), or () if no completion has any.
     """
 
     prompt: np.ndarray
     completions: tuple[np.ndarray, ...]
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    contexts: tuple[np.ndarray, ...] = ()
+
+    def branches(self) -> list[np.ndarray]:
+        """What follows the prompt on each path: context and completion, K arrays int32; empty for an absent item."""
+        if not self.contexts:
+            return list(self.completions)
+        pairs = zip(self.contexts, self.completions, strict=True)
+        return [np.concatenate([c, ids]) if len(ids) else ids for c, ids in pairs]
 
 
 @dataclass(frozen=True)
@@ -43,6 +72,7 @@ class Batch:
       source: int32 [R, S], index of the hidden state that predicts the target.
       target: int32 [R, S], token id to predict, or IGNORE.
       slots: int32 [R, E, K, T], index into S of each completion token, or -1.
+      ends: int32 [R, E, K], index into L of each completion's last token, or -1.
       weight: float32 [R, E].
       columns: name -> [R, E, ...].
       split: number of equal segments a row falls into before the model sees it (static): 1 for packed rows, K for the
@@ -56,6 +86,7 @@ class Batch:
     source: Array | np.ndarray
     target: Array | np.ndarray
     slots: Array | np.ndarray
+    ends: Array | np.ndarray
     weight: Array | np.ndarray
     columns: Mapping[str, Array | np.ndarray]
     split: int = 1
@@ -63,7 +94,7 @@ class Batch:
 
 jax.tree_util.register_dataclass(
     Batch,
-    data_fields=["tokens", "positions", "subtree_end", "source", "target", "slots", "weight", "columns"],
+    data_fields=["tokens", "positions", "subtree_end", "source", "target", "slots", "ends", "weight", "columns"],
     meta_fields=["split"],
 )
 

@@ -214,7 +214,8 @@ def plan_padded_layout(lengths: Lengths, *, batch_size: int, row_multiple: int =
     """Shapes of `pad_rows` batches: one example per row, segments as long as the longest path. See `plan_layout`."""
     rows = -(-batch_size // row_multiple) * row_multiple
     count, completions = lengths.completions.shape
-    paths, longest = lengths.prompt[:, None] + lengths.completions, int(lengths.completions.max())
+    paths = np.where(lengths.branches > 0, lengths.prompt[:, None] + lengths.branches, 0)
+    longest = int(lengths.completions.max())
     length, source_length = completions * _round_length(int(paths.max())), completions * longest
     places = steps_per_epoch(count, batch_size) * rows
     fill_rates = paths.sum() / (places * length), lengths.completions.sum() / (places * source_length)

@@ -7,11 +7,11 @@ exactly the same prompt ids. Masks are never read off the ids, so an EOS that is
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from dpo_jax.language.data.rows import ASSISTANT_TURN, HUMAN_TURN, Message, PreferenceRow, Prompt, RowError
+from dpo_jax.language.data.rows import ASSISTANT_TURN, HUMAN_TURN, Message, PreferenceRow, RowError
 from dpo_jax.language.types import Example
 
 ROWS_AT_ONCE = 2048  # the tokenizer runs on this many rows in one call
@@ -53,6 +53,7 @@ def encode_rows(
     max_prompt_length: int | None = None,
     truncation: Truncation = "keep_end",
     chat_template: ChatTemplate = "auto",
+    step_delimiter: str | None = None,
 ) -> tuple[list[Example], EncodeReport]:
     """Token ids of all rows, in their order.
 
@@ -65,9 +66,12 @@ def encode_rows(
         then the end of the completions, which lose their EOS; "drop" drops the row.
       chat_template: "auto" renders message lists, and dialogues of Human and Assistant turns if the tokenizer has a
         template; plain text stays as it is. "never" renders nothing. "always" renders plain text as a user message.
+      step_delimiter: text that ends a step. Every step is tokenised apart, and a column `step_ids` [K, C] numbers the
+        steps of each completion from 0 (EOS belongs to the last).
 
     Returns:
-      Examples with int32 ids (columns: bool, int32 or float32, one dtype per name), and a report of what was cut.
+      Examples with int32 ids (columns: bool, int32 or float32, one dtype per name), and a report of what was cut. All
+      have as many completions as the longest list; the absent ones have no token, zeros in columns per item.
 
     Raises:
       RowError: messages without a template, a template that does not extend its own prompt, token columns of a wrong
@@ -85,29 +89,49 @@ def encode_rows(
         raise ValueError("the tokenizer has no EOS token, so a completion could not end; set tokenizer.eos_token")
     if chat_template == "always" and not _has_template(tokenizer):
         raise ValueError('chat_template="always", but the tokenizer has no chat template; set tokenizer.chat_template')
+    if step_delimiter == "":
+        raise ValueError("step_delimiter is empty; give the text that ends a step")
     dtypes = _column_dtypes(rows)
+    most = max((len(row.completions) for row in rows), default=0)
     examples: list[Example] = []
     count = dict.fromkeys(("prompts_cut", "completions_cut", "too_long", "identical"), 0)
-    for row, prompt, completions in _tokenise(rows, tokenizer, chat_template):
+    for row, prompt, completions, contexts, step_ids in _tokenise(rows, tokenizer, chat_template, step_delimiter):
         lengths = [len(c) for c in completions]
+        before = [len(c) for c in contexts] or [0] * len(completions)
         columns = {name: _column_array(row, name, lengths, dtypes[name]) for name in row.columns}
-        if len(prompt) + max(lengths) > max_length:
-            if truncation == "drop":
+        if step_delimiter is not None:
+            columns["step_ids"] = _rectangle(step_ids, -1, np.dtype(np.int32))
+        longest = max(map(sum, zip(before, lengths)))
+        if len(prompt) + longest > max_length:
+            room = max(max_prompt_length, max_length - longest)
+            # A context is never cut: an answer that is to be revised would be another one.
+            if truncation == "drop" or min(room, len(prompt)) + max(before) >= max_length:
                 count["too_long"] += 1
                 continue
-            room = max(max_prompt_length, max_length - max(lengths))
             count["prompts_cut"] += len(prompt) > room
             prompt = _keep_end(prompt, room, tokenizer.bos_token_id)
-            room = max_length - len(prompt)
-            count["completions_cut"] += sum(length > room for length in lengths)
-            completions = [c[:room] for c in completions]
-            columns = {k: v[..., :room] if is_per_token(k, v, len(lengths)) else v for k, v in columns.items()}
-        if len({tuple(c) for c in completions}) < len(completions):
+            rooms = [max_length - len(prompt) - length for length in before]
+            count["completions_cut"] += sum(length > room for length, room in zip(lengths, rooms))
+            completions = [c[:room] for c, room in zip(completions, rooms)]
+            most_left = max(map(len, completions))
+            columns = {k: v[..., :most_left] if is_per_token(k, v, len(lengths)) else v for k, v in columns.items()}
+        if len({(tuple(a), tuple(b)) for a, b in zip(contexts or completions, completions)}) < len(completions):
             count["identical"] += 1
             continue
-        ids = tuple(np.array(c, np.int32) for c in completions)
-        examples.append(Example(np.array(prompt, np.int32), ids, columns))
+        absent = most - len(completions)
+        ids = tuple(np.array(c, np.int32) for c in [*completions, *([] for _ in range(absent))])
+        others = tuple(np.array(c, np.int32) for c in contexts)
+        columns = {k: _with_absent(k, v, len(lengths), absent) for k, v in columns.items()}
+        examples.append(Example(np.array(prompt, np.int32), ids, columns, others))
     return examples, EncodeReport(rows=len(rows), examples=len(examples), **count)
+
+
+def _with_absent(name: str, value: np.ndarray, completions: int, absent: int) -> np.ndarray:
+    """A column with room for the absent items of a list, if it has a place per item."""
+    per_token = is_per_token(name, value, completions)
+    if not absent or not (per_token or value.shape == (completions,)):
+        return value
+    return np.pad(value, [(0, absent), *[(0, 0)] * (value.ndim - 1)], constant_values=outside(value.dtype) * per_token)
 
 
 def is_per_token(name: str, value: np.ndarray, completions: int) -> bool:
@@ -162,45 +186,81 @@ def _messages_of(row: PreferenceRow, tokenizer: Any, chat_template: ChatTemplate
     return messages
 
 
-def _render(row: PreferenceRow, tokenizer: Any, messages: Prompt) -> tuple[str, list[str]]:
-    """Text of the prompt and of each completion under the chat template."""
+def _render(row: PreferenceRow, tokenizer: Any, messages: tuple[Message, ...]) -> tuple[str, list[str], list[str]]:
+    """Text of the prompt, of each completion, and of each context, under the chat template."""
     strip = isinstance(row.prompt, str)  # an HH completion begins with the blank that follows "Assistant:"
     turns = [{"role": "assistant", "content": c.strip() if strip else c} for c in row.completions]
-    full = [[*messages, turn] for turn in turns]
+    asked = [[*messages, *context] for context in row.contexts] or [list(messages)] * len(turns)
+    full = [[*before, turn] for before, turn in zip(asked, turns)]
     try:
         prompt = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        starts = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
         wholes = tokenizer.apply_chat_template(full, tokenize=False, add_generation_prompt=False)
     except Exception as error:  # templates are programs: what they raise is up to them
         raise RowError(row.file, row.number, f"the chat template refuses this row ({error})") from error
-    for whole in wholes:
-        if not whole.startswith(prompt):
+    for start, whole in zip(starts, wholes):
+        if not start.startswith(prompt) or not whole.startswith(start):
             reason = "the chat template's conversation does not begin with its own generation prompt, "
             reason += f"which ends in {prompt[-40:]!r}; use a template whose assistant turns open the same way"
             raise RowError(row.file, row.number, reason)
-    return prompt, [whole[len(prompt) :] for whole in wholes]
+    contexts = [start[len(prompt) :] for start in starts] if row.contexts else []
+    return prompt, [whole[len(start) :] for start, whole in zip(starts, wholes)], contexts
 
 
-def _texts(row: PreferenceRow, tokenizer: Any, chat_template: ChatTemplate) -> list[str]:
-    """The prompt's text, then those of the completions."""
+def _texts(row: PreferenceRow, tokenizer: Any, chat_template: ChatTemplate) -> tuple[str, list[str], list[str]]:
+    """Text of the prompt (with the beginning of the answer that is given), of the completions, of the contexts."""
     messages = _messages_of(row, tokenizer, chat_template)
     if messages is None:
-        return [str(row.prompt), *row.completions]
-    prompt, completions = _render(row, tokenizer, messages)
-    return [prompt, *completions]
+        return str(row.prompt) + row.prefix, list(row.completions), [str(context) for context in row.contexts]
+    prompt, completions, contexts = _render(row, tokenizer, messages)
+    if row.prefix:
+        # Steps go on inside the answer: what the template writes around a whole answer has no place there.
+        return prompt + row.prefix, list(row.completions), contexts
+    return prompt, completions, contexts
+
+
+class _Tokens(NamedTuple):
+    """Ids of a row before truncation: the prompt with its BOS, every completion with its EOS (but for steps)."""
+
+    row: PreferenceRow
+    prompt: list[int]
+    completions: list[list[int]]
+    contexts: list[list[int]]
+    step_ids: list[list[int]]
 
 
 def _tokenise(
-    rows: Sequence[PreferenceRow], tokenizer: Any, chat_template: ChatTemplate
-) -> Iterator[tuple[PreferenceRow, list[int], list[list[int]]]]:
-    """Ids of each row before truncation: the prompt with its BOS, every completion with its EOS."""
+    rows: Sequence[PreferenceRow], tokenizer: Any, chat_template: ChatTemplate, step_delimiter: str | None
+) -> Iterator[_Tokens]:
     adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     for begin in range(0, len(rows), ROWS_AT_ONCE):
         some = rows[begin : begin + ROWS_AT_ONCE]
-        texts = [text for row in some for text in _texts(row, tokenizer, chat_template)]
+        parts = [_texts(row, tokenizer, chat_template) for row in some]
+        steps = [[_split_steps(text, step_delimiter) for text in completions] for _, completions, _ in parts]
+        texts = [
+            text
+            for (prompt, _, contexts), pieces in zip(parts, steps)
+            for text in (prompt, *contexts, *(piece for completion in pieces for piece in completion))
+        ]
         ids = iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"])
-        for row in some:
+        for row, (_, _, contexts), pieces in zip(some, parts, steps):
             prompt = _begin(list(next(ids)), tokenizer, adds_bos)
-            yield row, prompt, [_end(list(next(ids)), tokenizer) for _ in row.completions]
+            before = [list(next(ids)) for _ in contexts]
+            split = [[list(next(ids)) for _ in completion] for completion in pieces]
+            completions = [[token for piece in completion for token in piece] for completion in split]
+            completions = [c if row.prefix else _end(c, tokenizer) for c in completions]
+            numbered = [[n for n, piece in enumerate(completion) for _ in piece] for completion in split]
+            step_ids = [(n + n[-1:])[: len(c)] for n, c in zip(numbered, completions)]
+            yield _Tokens(row, prompt, completions, before, step_ids)
+
+
+def _split_steps(text: str, delimiter: str | None) -> list[str]:
+    """The steps of a completion, each with the delimiter that ends it."""
+    if delimiter is None:
+        return [text]
+    pieces = text.split(delimiter)
+    steps = [piece + delimiter for piece in pieces[:-1]] + [pieces[-1]]
+    return [step for step in steps if step]
 
 
 def _begin(prompt: list[int], tokenizer: Any, adds_bos: bool) -> list[int]:
@@ -260,10 +320,8 @@ def _column_array(row: PreferenceRow, name: str, lengths: list[int], dtype: type
     value = row.columns[name]
     nested = isinstance(value, (list, tuple)) and isinstance(value[0], (list, tuple))
     if nested and len(value) == len(lengths) and not isinstance(value[0][0], (list, tuple)):
-        array = np.full((len(lengths), max(lengths)), outside(np.dtype(dtype)), dtype)
-        for k, (tokens, length) in enumerate(zip(value, lengths)):
-            array[k, : len(tokens)] = _require_token_values(row, name, tokens, length)
-        return array
+        checked = [_require_token_values(row, name, tokens, length) for tokens, length in zip(value, lengths)]
+        return _rectangle(checked, outside(np.dtype(dtype)), np.dtype(dtype), max(lengths))
     side = _side(name)
     if isinstance(value, (list, tuple)) and not nested and side is not None and side < len(lengths):
         array = np.full(lengths[side], outside(np.dtype(dtype)), dtype)
@@ -273,6 +331,14 @@ def _column_array(row: PreferenceRow, name: str, lengths: list[int], dtype: type
         return np.asarray(value, dtype)
     except ValueError:
         raise RowError(row.file, row.number, f"the lists of column {name!r} are not equally long") from None
+
+
+def _rectangle(values: Sequence[Sequence[Any]], fill: int, dtype: np.dtype, width: int = 0) -> np.ndarray:
+    """Ragged lists as one array, short ones filled up."""
+    array = np.full((len(values), max(width, *map(len, values))), fill, dtype)
+    for place, items in zip(array, values):
+        place[: len(items)] = items
+    return array
 
 
 def _require_token_values(row: PreferenceRow, name: str, values: Sequence[Any], length: int) -> Sequence[Any]:

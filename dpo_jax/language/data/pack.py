@@ -1,8 +1,9 @@
 """Examples laid out as rows of prefix trees, or as plain padded rows: the one place where a batch's indices are made.
 
 A packed row holds example after example, each as prompt, completion 0, completion 1, ... with positions that restart
-after the prompt. Prefix sharing for DPO is that of Wang & Hegde 2024 (arXiv 2410.20305); here the last prompt token is
-not repeated: the first token of every completion is predicted from the prompt's last hidden state.
+after the prompt; a completion's own context, if it has one, stands before it. Prefix sharing for DPO is that of Wang &
+Hegde 2024 (arXiv 2410.20305); here the last prompt token is not repeated: the first token of every completion is
+predicted from the prompt's last hidden state.
 """
 
 from collections.abc import Sequence
@@ -43,20 +44,22 @@ class Lengths(NamedTuple):
 
     Attributes:
       prompt: int64 [N].
-      completions: int64 [N, K].
+      completions: int64 [N, K], zero where a list has no further item.
+      branches: int64 [N, K], completions with their contexts.
     """
 
     prompt: np.ndarray
     completions: np.ndarray
+    branches: np.ndarray
 
     @property
     def total(self) -> np.ndarray:
         """Tokens that each example takes in a packed row, int64 [N]."""
-        return self.prompt + self.completions.sum(1)
+        return self.prompt + self.branches.sum(1)
 
 
 def example_lengths(examples: Sequence[Example]) -> Lengths:
-    """Token counts of examples that all have K completions.
+    """Token counts of examples that all have K completions, some of them absent.
 
     Raises:
       ValueError: no examples, or a number of completions that varies.
@@ -67,7 +70,8 @@ def example_lengths(examples: Sequence[Example]) -> Lengths:
     if len(counts) > 1:
         raise ValueError(f"the examples have {counts} completions; a batch needs one number of them")
     prompt = np.array([len(e.prompt) for e in examples], np.int64)
-    return Lengths(prompt, np.array([[len(c) for c in e.completions] for e in examples], np.int64))
+    completions = np.array([[len(c) for c in e.completions] for e in examples], np.int64)
+    return Lengths(prompt, completions, np.array([[len(b) for b in e.branches()] for e in examples], np.int64))
 
 
 def pack_rows(assignment: Sequence[Sequence[Example]], layout: Layout, *, like: Example | None = None) -> Batch:
@@ -95,10 +99,10 @@ def pack_rows(assignment: Sequence[Sequence[Example]], layout: Layout, *, like: 
             _require_room("completion tokens", used + predicted, "source_length", layout.source_length)
             _write(batch, r, offset, example.prompt, 0, end)
             start = offset + prompt
-            for k, completion in enumerate(example.completions):
-                _write(batch, r, start, completion, prompt, start + len(completion))
-                used = _predict(batch, (r, e, k), used, offset + prompt - 1, start, completion)
-                start += len(completion)
+            for k, branch in enumerate(example.branches()):
+                _write(batch, r, start, branch, prompt, start + len(branch))
+                used = _predict(batch, (r, e, k), used, offset + prompt - 1, start, branch, example.completions[k])
+                start += len(branch)
             offset = end
     return batch
 
@@ -116,13 +120,16 @@ def pad_rows(assignment: Sequence[Sequence[Example]], layout: Layout, *, like: E
     for r, row in enumerate(assignment):
         for e, example in enumerate(row):
             used, prompt = 0, len(example.prompt)
-            _require_room("completion tokens", _total(example) - prompt, "source_length", layout.source_length)
-            for k, completion in enumerate(example.completions):
-                end = prompt + len(completion)
+            predicted = sum(map(len, example.completions))
+            _require_room("completion tokens", predicted, "source_length", layout.source_length)
+            for k, branch in enumerate(example.branches()):
+                if not len(branch):
+                    continue
+                end, start = prompt + len(branch), k * segment + prompt
                 _require_room("tokens of a path", end, "segment length", segment)
                 _write(batch, r, k * segment, example.prompt, 0, end)
-                _write(batch, r, k * segment + prompt, completion, prompt, end)
-                used = _predict(batch, (r, e, k), used, k * segment + prompt - 1, k * segment + prompt, completion)
+                _write(batch, r, start, branch, prompt, end)
+                used = _predict(batch, (r, e, k), used, start - 1, start, branch, example.completions[k])
     return batch
 
 
@@ -132,7 +139,7 @@ def fill_rate(batch: Batch) -> float:
 
 
 def _total(example: Example) -> int:
-    return len(example.prompt) + sum(map(len, example.completions))
+    return len(example.prompt) + sum(map(len, example.branches()))
 
 
 def _write(batch: Batch, row: int, start: int, ids: np.ndarray, position: int, end: int) -> None:
@@ -144,15 +151,29 @@ def _write(batch: Batch, row: int, start: int, ids: np.ndarray, position: int, e
 
 
 def _predict(
-    batch: Batch, place: tuple[int, int, int], used: int, last_prompt: int, start: int, ids: np.ndarray
+    batch: Batch,
+    place: tuple[int, int, int],
+    used: int,
+    last_prompt: int,
+    start: int,
+    branch: np.ndarray,
+    completion: np.ndarray,
 ) -> int:
-    """Enter a completion's predictions from slot `used` on; its first token comes from the last prompt token."""
-    slots = slice(used, used + len(ids))
-    batch.source[place[0], slots] = np.arange(start - 1, start + len(ids) - 1)
-    batch.source[place[0], used] = last_prompt
-    batch.target[place[0], slots] = ids
-    batch.slots[*place, : len(ids)] = np.arange(used, used + len(ids))
-    return used + len(ids)
+    """Enter the predictions of a completion that ends a branch, from slot `used` on; returns the next free slot.
+
+    The first token of a branch comes from the last prompt token, which need not stand before it.
+    """
+    if not len(completion):
+        return used
+    first, end = start + len(branch) - len(completion), start + len(branch)
+    slots = slice(used, used + len(completion))
+    batch.source[place[0], slots] = np.arange(first - 1, end - 1)
+    if first == start:
+        batch.source[place[0], used] = last_prompt
+    batch.target[place[0], slots] = completion
+    batch.slots[*place, : len(completion)] = np.arange(used, used + len(completion))
+    batch.ends[place] = end - 1
+    return used + len(completion)
 
 
 def _empty_batch(assignment: Sequence[Sequence[Example]], layout: Layout, like: Example | None, *, split: int) -> Batch:
@@ -166,8 +187,8 @@ def _empty_batch(assignment: Sequence[Sequence[Example]], layout: Layout, like: 
         for example in row:
             if len(example.completions) != k:
                 raise ValueError(f"an example has {len(example.completions)} completions; the layout has {k}")
-            if not len(example.prompt) or not all(map(len, example.completions)):
-                raise ValueError("an example has an empty prompt or completion; each needs at least one token")
+            if not len(example.prompt) or not any(map(len, example.completions)):
+                raise ValueError("an example has an empty prompt or no completion; each needs at least one token")
             _require_room("tokens of a completion", max(map(len, example.completions)), "completion_length", t)
 
     def zeros(*shape: int, fill: int = 0) -> np.ndarray:
@@ -180,6 +201,7 @@ def _empty_batch(assignment: Sequence[Sequence[Example]], layout: Layout, like: 
         source=zeros(rows, layout.source_length),
         target=zeros(rows, layout.source_length, fill=IGNORE),
         slots=zeros(rows, places, k, t, fill=-1),
+        ends=zeros(rows, places, k, fill=-1),
         weight=weight,
         columns=_columns(assignment, layout, like),
         split=split,

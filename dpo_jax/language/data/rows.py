@@ -5,9 +5,14 @@ Forms of a row, each a plain mapping:
 - `{"prompt", "chosen", "rejected"}`: a pair. Text, or lists of `{"role", "content"}` messages.
 - `{"chosen", "rejected"}`: two message lists, or two texts of "\\n\\nHuman: ...\\n\\nAssistant: ..." turns (the form of
   Anthropic's HH data), that differ in the last assistant turn only; what goes before it is the prompt.
-- `{"prompt", "completion"}`: one completion.  `{"prompt", "completions": [...]}`: a list, best first.
+- `{"prompt", "gold", "chosen", "rejected"}`: a triple (`reference` is read as `gold`).
+- `{"prompt", "completion"}`: one completion; its `label`, true or false, says whether it is desirable.
+- `{"prompt", "completions": [...]}` or `{"prompt", "responses": [...]}`: a list, best first; its items are text,
+  messages or `{"text", "score"}`. Lists may differ in length; `scores` has a number per item.
 
-Further keys that hold numbers or lists of numbers are kept as columns; other keys are left aside.
+In all of them `prefix` (or `initial_reason_steps`) is a beginning of the answer that is given: the completions go on
+from it, as single steps that do not end the answer. Further keys that hold numbers or lists of numbers are kept as
+columns; other keys are left aside.
 """
 
 import gzip
@@ -25,6 +30,11 @@ FLOAT32_MAX = 3.4e38
 Message = Mapping[str, str]
 Prompt = str | tuple[Message, ...]
 OnBadRow = Literal["error", "skip"]
+Form = Literal["pairs", "triples", "singles", "mismatched", "revisions", "lists"]
+
+# Keys under which known data sets have a column.
+COLUMN_ALIASES = {"label": "labels", "score_chosen": "chosen_score", "score_rejected": "rejected_score"}
+PREFIX_KEYS = ("prefix", "initial_reason_steps")
 
 
 class RowError(ValueError):
@@ -41,9 +51,12 @@ class PreferenceRow:
 
     Attributes:
       prompt: text, or messages with the keys `role` and `content` only.
-      completions: K texts; for pairs the chosen one first.
+      completions: K texts, in the order of `language.types.COMPLETIONS`; the best of a list first.
       columns: name -> number or (nested) list of numbers.
       file, number: where the row was read; the number counts lines from 1.
+      form: what the completions are.
+      prefix: beginning of the answer that all completions go on from; they are then steps, without an end of text.
+      contexts: for each completion what stands between prompt and completion, of the prompt's kind; () if nothing does.
     """
 
     prompt: Prompt
@@ -51,6 +64,9 @@ class PreferenceRow:
     columns: Mapping[str, Any] = field(default_factory=dict)
     file: str = ""
     number: int = 0
+    form: Form = "pairs"
+    prefix: str = ""
+    contexts: tuple[Prompt, ...] = ()
 
 
 class SkippedRow(NamedTuple):
@@ -117,10 +133,10 @@ def _check(records: Iterable[_Record], on_bad_row: OnBadRow) -> RowsRead:
 
 
 def _require_same_form(row: PreferenceRow, first: PreferenceRow) -> None:
-    """Batches have one shape: every row needs the completions and the columns of the first one."""
-    if len(row.completions) != len(first.completions):
-        reason = f"{len(row.completions)} completions, but row {first.number} of {first.file} has "
-        raise RowError(row.file, row.number, f"{reason}{len(first.completions)}; give all rows equally many")
+    """Batches have one shape: every row needs the form and the columns of the first one."""
+    if row.form != first.form:
+        reason = f"one of {row.form}, but row {first.number} of {first.file} is one of {first.form}"
+        raise RowError(row.file, row.number, f"{reason}; give rows of one form")
     if row.columns.keys() != first.columns.keys():
         reason = f"number columns {sorted(row.columns)}, but row {first.number} of {first.file} has "
         raise RowError(row.file, row.number, f"{reason}{sorted(first.columns)}; give all rows the same columns")
@@ -182,7 +198,7 @@ def parse_row(row: Any, *, file: str = "row", number: int = 1) -> PreferenceRow:
         if not isinstance(row, Mapping):
             raise _Reason(f"expected an object with a prompt and completions, got {_kind(row)}")
         row = {key: value for key, value in row.items() if value is not None}  # Parquet fills absent keys with None
-        used, prompt, completions = _prompt_and_completions(row)
+        form, used, prompt, completions, scores = _prompt_and_completions(row)
         for name, text in zip(_completion_names(used, len(completions)), completions):
             _require_text(name, text)
             if not text.strip():
@@ -190,54 +206,118 @@ def parse_row(row: Any, *, file: str = "row", number: int = 1) -> PreferenceRow:
         if (repeated := len(completions) - len(set(completions))) > 0:
             what = "chosen and rejected are equal" if "chosen" in used else f"{repeated} completions are repeated"
             raise _Reason(f"{what}; expected different texts")
+        prefix, used = _prefix(row, used)
         columns = {str(k): _column(k, v) for k, v in row.items() if k not in used and _is_numeric(v)}
+        columns = {COLUMN_ALIASES.get(k, k): v for k, v in columns.items()}
+        if scores is not None:
+            columns["scores"] = _column("score", scores)
+        _require_sound_columns(form, columns, len(completions))
     except _Reason as reason:
         raise RowError(file, number, str(reason)) from None
     except RecursionError:
         raise RowError(file, number, "its lists are nested too deeply") from None
-    return PreferenceRow(prompt, completions, columns, file, number)
+    return PreferenceRow(prompt, completions, columns, file, number, form, prefix)
 
 
 class _Reason(Exception):
     """Why a row is bad; `parse_row` adds where it stands."""
 
 
-def _prompt_and_completions(row: Mapping[str, Any]) -> tuple[tuple[str, ...], Prompt, tuple[str, ...]]:
-    """The keys that were used, the prompt and the completions."""
+class _Parts(NamedTuple):
+    """Form of a row, the keys that were used, its prompt and completions, and scores that stood in a list's items."""
+
+    form: Form
+    used: tuple[str, ...]
+    prompt: Prompt
+    completions: tuple[str, ...]
+    scores: list[Any] | None = None
+
+
+def _prompt_and_completions(row: Mapping[str, Any]) -> _Parts:
     if "chosen" in row or "rejected" in row:
-        _require_keys(row, ("chosen", "rejected"))
-        sides = {name: row[name] for name in ("chosen", "rejected")}
-        if "prompt" not in row:
-            return ("chosen", "rejected"), *_split_dialogues(sides)
-        prompt, given = _prompt(row["prompt"]), row["prompt"]
-        answers = [_answer(name, value, prompt) for name, value in sides.items()]
-        # Some data sets repeat the turns of a text prompt in front of both answers; then these turns are the prompt.
-        if isinstance(given, str) and answers[0][0] is not None:
-            if answers[0][0] != answers[1][0]:
-                raise _Reason("the messages before the last one differ between chosen and rejected")
-            prompt = answers[0][0]
-        return ("prompt", "chosen", "rejected"), prompt, tuple(text for _, text in answers)
-    if "completions" in row:
-        _require_keys(row, ("prompt", "completions"))
-        values = row["completions"]
-        if not isinstance(values, (list, tuple)) or not values:
-            raise _Reason(f"completions should be a list of at least one text, got {_kind(values)}")
-        prompt = _prompt(row["prompt"])
-        answers = [_answer(f"completions[{i}]", value, prompt)[1] for i, value in enumerate(values)]
-        return ("prompt", "completions"), prompt, tuple(answers)
+        return _sides(row)
+    for key in ("completions", "responses"):
+        if key in row:
+            return _list(row, key)
     _require_keys(row, ("prompt", "completion"))
     prompt = _prompt(row["prompt"])
-    return ("prompt", "completion"), prompt, (_answer("completion", row["completion"], prompt)[1],)
+    answer = _answer("completion", row["completion"], prompt)[1]
+    return _Parts("singles", ("prompt", "completion"), prompt, (answer,))
+
+
+def _sides(row: Mapping[str, Any]) -> _Parts:
+    """A pair or a triple."""
+    _require_keys(row, ("chosen", "rejected"))
+    gold = next((name for name in ("gold", "reference") if isinstance(row.get(name), (str, list, tuple))), None)
+    gold = None if gold == "reference" and _is_numeric(row[gold]) else gold
+    sides = {name: row[name] for name in ("chosen", "rejected", *((gold,) if gold else ()))}
+    form: Form = "triples" if gold else "pairs"
+    if "prompt" not in row:
+        return _Parts(form, tuple(sides), *_split_dialogues(sides))
+    prompt, given = _prompt(row["prompt"]), row["prompt"]
+    answers = [_answer(name, value, prompt) for name, value in sides.items()]
+    # Some data sets repeat the turns of a text prompt in front of all answers; then these turns are the prompt.
+    if isinstance(given, str) and answers[0][0] is not None:
+        if any(before != answers[0][0] for before, _ in answers):
+            raise _Reason("the messages before the last one differ between chosen and rejected")
+        prompt = answers[0][0]
+    return _Parts(form, ("prompt", *sides), prompt, tuple(text for _, text in answers))
+
+
+def _list(row: Mapping[str, Any], key: str) -> _Parts:
+    _require_keys(row, ("prompt", key))
+    values = row[key]
+    if not isinstance(values, (list, tuple)) or not values:
+        raise _Reason(f"{key} should be a list of at least one text, got {_kind(values)}")
+    prompt, texts, scores = _prompt(row["prompt"]), [], []
+    for i, value in enumerate(values):
+        if isinstance(value, Mapping):
+            if "text" not in value:
+                raise _Reason(
+                    f'{key}[{i}] should be text or {{"text", "score"}}, got the keys {sorted(map(str, value))}'
+                )
+            if "score" in value:
+                if not _is_numeric(value["score"]) or isinstance(value["score"], (list, tuple)):
+                    raise _Reason(f"{key}[{i}].score should be a number, got {_kind(value['score'])}")
+                scores.append(value["score"])
+            value = value["text"]
+        texts.append(_answer(f"{key}[{i}]", value, prompt)[1])
+    if scores and len(scores) < len(texts):
+        raise _Reason(f"{len(scores)} of {len(texts)} items of {key} have a score; expected all or none")
+    return _Parts("lists", ("prompt", key), prompt, tuple(texts), scores or None)
+
+
+def _prefix(row: Mapping[str, Any], used: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """The beginning of the answer that a row gives, and the keys used up to here."""
+    for key in PREFIX_KEYS:
+        if isinstance(row.get(key), str):
+            _require_text(key, row[key])
+            return row[key], (*used, key)
+    return "", used
+
+
+def _require_sound_columns(form: Form, columns: Mapping[str, Any], count: int) -> None:
+    """What the names of known columns promise: labels are 0 or 1, a list has a score for each item."""
+    if "labels" in columns and columns["labels"] not in (0, 1):
+        raise _Reason(f"label is {columns['labels']!r}; expected true or false (1 or 0)")
+    scores = columns.get("scores")
+    if form == "lists" and scores is not None and (not isinstance(scores, (list, tuple)) or len(scores) != count):
+        given = len(scores) if isinstance(scores, (list, tuple)) else "no list of"
+        raise _Reason(f"{given} scores for {count} completions; expected one number for each")
 
 
 def _completion_names(used: tuple[str, ...], count: int) -> Sequence[str]:
-    return [f"completions[{i}]" for i in range(count)] if "completions" in used else used[-count:]
+    key = next((key for key in ("completions", "responses") if key in used), None)
+    return [f"{key}[{i}]" for i in range(count)] if key else used[-count:]
 
 
 def _require_keys(row: Mapping[str, Any], keys: tuple[str, ...]) -> None:
     for key in keys:
         if key not in row:
-            forms = "prompt + chosen + rejected, chosen + rejected, prompt + completion, or prompt + completions"
+            forms = (
+                "prompt + chosen + rejected, chosen + rejected, prompt + gold + chosen + rejected, "
+                "prompt + completion, prompt + completions, or prompt + responses"
+            )
             raise _Reason(f"no {key!r} among the keys {sorted(map(str, row))}; expected {forms}")
 
 
@@ -266,7 +346,7 @@ def _answer(name: str, value: Any, prompt: Prompt) -> tuple[tuple[Message, ...] 
 def _split_dialogues(sides: Mapping[str, Any]) -> tuple[Prompt, tuple[str, ...]]:
     """Shared prompt and last assistant turns of two dialogues, message lists or text."""
     parts = [_split_dialogue(name, value) for name, value in sides.items()]
-    if parts[0][0] != parts[1][0]:
+    if any(prompt != parts[0][0] for prompt, _ in parts):
         raise _Reason("chosen and rejected differ before the last assistant turn; expected one shared prompt")
     return parts[0][0], tuple(completion for _, completion in parts)
 

@@ -43,7 +43,8 @@ def dialogue_lengths(count, seed=0):
         sizes = random.lognormal(np.log(mean) - sigma**2 / 2, sigma, shape)
         return np.clip(sizes, 1, most).astype(np.int64)
 
-    return Lengths(draw(150, 500, count), draw(60, 250, count, 2))
+    prompt, completions = draw(150, 500, count), draw(60, 250, count, 2)
+    return Lengths(prompt, completions, completions)
 
 
 def members(batch):
@@ -120,7 +121,7 @@ def test_more_and_shorter_rows_while_they_stay_full():
     lengths = dialogue_lengths(6400)
     plan = plan_layout(lengths, batch_size=64, seed=0)
     assert plan.layout.rows > 1 and plan.fill_rate >= 0.97
-    equal = Lengths(np.full(100, 8), np.full((100, 2), 4))
+    equal = Lengths(np.full(100, 8), np.full((100, 2), 4), np.full((100, 2), 4))
     assert plan_layout(equal, batch_size=8, seed=0).layout == Layout(8, 16, 16, 1, 2, 4)
     assert plan_layout(equal, batch_size=8, row_multiple=6, seed=0).layout.rows == 6
 

@@ -260,7 +260,7 @@ def test_columns_have_one_dtype_and_follow_the_tokens():
     first, second = (example.columns for example in examples)
     assert {name: value.dtype.name for name, value in first.items()} == {
         "margin": "float32",
-        "label": "bool",
+        "labels": "bool",
         "step_ids": "int32",
         "rejected_gain": "float32",
         "v": "int32",

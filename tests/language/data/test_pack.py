@@ -238,8 +238,8 @@ def test_what_does_not_fit_is_an_error(change, message):
 
 def test_bad_examples_are_errors():
     random, layout = np.random.default_rng(5), Layout(1, 40, 20, 2, 2, 5)
-    for lengths in [(0, (1, 1)), (1, (1, 0))]:
-        with pytest.raises(ValueError, match="empty prompt or completion"):
+    for lengths in [(0, (1, 1)), (1, (0, 0))]:
+        with pytest.raises(ValueError, match="empty prompt or no completion"):
             pack_rows([[make_example(random, *lengths)]], layout)
     with pytest.raises(ValueError, match="segments"):
         pad_rows([[make_example(random, 1, (1, 1))]], Layout(1, 41, 20, 2, 2, 5))

@@ -59,12 +59,13 @@ def write(path, rows):
     ],
 )
 def test_forms(row, prompt, completions):
-    assert parse_row(row, file="f", number=3) == PreferenceRow(prompt, completions, {}, "f", 3)
+    form = "pairs" if "chosen" in row else "lists" if "completions" in row else "singles"
+    assert parse_row(row, file="f", number=3) == PreferenceRow(prompt, completions, {}, "f", 3, form)
 
 
 def test_numbers_become_columns_and_other_keys_are_left_aside():
     extra = {"margin": 1.5, "label": True, "weights": [[1, 2], [0.5]], "source": "web", "tags": ["a"], "none": None}
-    assert parse_row({**GOOD, **extra}).columns == {"margin": 1.5, "label": True, "weights": [[1, 2], [0.5]]}
+    assert parse_row({**GOOD, **extra}).columns == {"margin": 1.5, "labels": True, "weights": [[1, 2], [0.5]]}
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def test_skip_loses_only_the_bad_rows(tmp_path):
     read = read_rows(path, on_bad_row="skip")
     assert [(row.prompt, row.number) for row in read.rows] == [("p", 1), ("last", 7)]
     assert [bad.number for bad in read.skipped] == [2, 4, 5, 6]
-    reasons = ["one JSON object", "byte 12 of the line is 0xff", "3 completions, but row 1", "columns ['margin'], but"]
+    reasons = ["one JSON object", "byte 12 of the line is 0xff", "one of lists, but row 1", "columns ['margin'], but"]
     for bad, reason in zip(read.skipped, reasons, strict=True):
         assert reason in bad.reason
     with pytest.raises(RowError, match="row 2: expected one JSON object"):

@@ -4,7 +4,7 @@ Length control: Dubois et al. 2024, arXiv 2404.04475 (AlpacaEval 2). Evidence: o
 preferences and the length-controlled model; Bradley and Terry 1952 and Elo: standard definitions.
 
     win rate        mean(preference - 1), preference in [1, 2]: 1 the baseline wins, 2 the model, 1.5 (or 0) a draw
-    controlled      mean sigma(g difficulty + b), fitted as sigma(a tanh((len_baseline - len_model)/s) + g difficulty + b)
+    controlled      mean sigma(g difficulty + b), fitted as sigma(a tanh((l_baseline - l_model) / s) + g difficulty + b)
     Bradley-Terry   max_t sum_ij wins_ij log sigma(t_i - t_j)
     Elo             R_a += k (score - 1 / (1 + 10^((R_b - R_a) / 400)))
 

@@ -50,11 +50,20 @@ def float32(arrays: Arrays) -> dict[str, Any]:
     return {n: jnp.asarray(v, jnp.float32 if v.dtype.kind == "f" else jnp.int32) for n, v in arrays.items()}
 
 
-def gradients(loss: Callable, arrays: Arrays, **special) -> Arrays:
-    """Gradient of sum(loss) by each policy array, compiled."""
+def value_and_gradients(loss: Callable, arrays: Arrays, **special) -> tuple[np.ndarray, Arrays]:
+    """The loss [B] and the gradient of its sum by each policy array, compiled together."""
     inputs = float32(arrays)
-    policy = {name: value for name, value in inputs.items() if name.startswith("policy_")}
-    return jax.device_get(jax.jit(jax.grad(lambda p: loss(**{**inputs, **p}, **special).loss.sum()))(policy))
+    policy = {name: inputs.pop(name) for name in arrays if name.startswith("policy_")}
+
+    def summed(policy):
+        value = loss(**inputs, **policy, **special).loss
+        return value.sum(), value
+
+    return jax.device_get(jax.jit(jax.grad(summed, has_aux=True))(policy))[::-1]
+
+
+def gradients(loss: Callable, arrays: Arrays, **special) -> Arrays:
+    return value_and_gradients(loss, arrays, **special)[1]
 
 
 def central_differences(function: Callable[[Arrays], np.ndarray], arrays: Arrays, name: str, step=1e-6) -> np.ndarray:
@@ -72,7 +81,8 @@ def central_differences(function: Callable[[Arrays], np.ndarray], arrays: Arrays
 
 def assert_formula(loss: Callable, formula: Callable[[Arrays], np.ndarray], arrays: Arrays, **special) -> None:
     """Value and gradient of a loss are those of a float64 formula: float32 rounding is all that may part them."""
-    np.testing.assert_allclose(loss(**float32(arrays), **special).loss, formula(arrays), rtol=2e-5, atol=1e-6)
-    for name, gradient in gradients(loss, arrays, **special).items():
+    value, slopes = value_and_gradients(loss, arrays, **special)
+    np.testing.assert_allclose(value, formula(arrays), rtol=2e-5, atol=1e-6)
+    for name, slope in slopes.items():
         expected = central_differences(formula, arrays, name)
-        np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=2e-6, err_msg=name)
+        np.testing.assert_allclose(slope, expected, rtol=1e-4, atol=2e-6, err_msg=name)

@@ -90,7 +90,7 @@ TAXONOMY: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
         ),
         "constraint mechanism": MappingProxyType(
             {
-                "reference-free": ("2401.08417", "2403.07691", "2405.14734", "2502.14643"),
+                "reference-free": ("2401.08417", "2403.07691", "2405.14734", "2502.00883", "2502.14643"),
                 "dynamic reference": ("2404.09656", "2504.15843"),
                 "divergence": (*("2309.16240", "2402.00856", "2402.05749", "2407.13399", "2404.11999", "2501.18101"),),
                 "safety": ("2403.02475", "2404.11049", "2405.12900"),
@@ -99,7 +99,7 @@ TAXONOMY: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
         "model property": MappingProxyType(
             {
                 "distribution shift": ("2405.19316", "2406.01660"),
-                "length bias": ("2403.19159", "2405.14734", "2406.10957", "2502.14340"),
+                "length bias": ("2403.19159", "2405.14734", "2406.10957", "2409.06411", "2502.14340"),
                 "likelihood collapse": ("2402.13228", "2408.06266", "2412.14516", "2502.07599"),
                 "alignment tax": ("2405.17931", "2406.04879"),
                 "analysis": ("2404.14723", "2406.08414", "2410.04203", "2406.09279"),

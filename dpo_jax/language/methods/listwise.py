@@ -1,6 +1,6 @@
 """Listwise preference losses: Plackett-Luce DPO and the LiPO family, learning to rank on implicit rewards.
 
-Plackett-Luce DPO: Rafailov et al. 2023, arXiv 2305.18290, appendix A.3. LiPO: Liu et al. 2024, arXiv 2402.01878, eqs. 5-9.
+Plackett-Luce DPO: Rafailov et al. 2023, arXiv 2305.18290, appendix A.3. LiPO: Liu et al. 2024, arXiv 2402.01878.
 Evidence: the papers' text; no training code is released. With s_i = beta S(log pi(y_i) - log pi_ref(y_i)), S the sum
 over completion tokens, and psi_i the score of item i,
 
@@ -14,9 +14,9 @@ over completion tokens, and psi_i the score of item i,
     point_sigmoid   - sum_i (psi_i log sigma(s_i) + (1 - psi_i) log sigma(-s_i))
 
 A list's loss is a sum over its items or pairs. Tied scores: Plackett-Luce keeps the order of the list, pairs drop them.
-Shapes: log-probabilities and mask [B, K, T] in any float dtype, scores [B, K]; an item is there if its mask has a token;
-every result [B] float32. Reference arrays, masks, scores, ranks and weights are constants.
-Reduces to: DPO for plackett_luce and pair_logistic at K = 2; DPO times |2^psi_1 - 2^psi_2| (1/ln 2 - 1/ln 3) for lambda.
+Shapes: log-probabilities and mask [B, K, T] in any float dtype, scores [B, K]; every result [B] float32. An item is
+there if its mask has a token. Reference arrays, masks, scores, ranks and weights are constants.
+Reduces to, at K = 2: DPO for plackett_luce and pair_logistic, for lambda times |2^psi_1 - 2^psi_2| (1/ln 2 - 1/ln 3).
 Metrics: NDCG (gain 2^psi - 1, discount ln(1 + rank)), Kendall's tau, top-1 accuracy and the best item's reward and gap.
 
 >>> import jax.numpy as jnp
@@ -52,7 +52,7 @@ from dpo_jax.types import Array, LossOutput
 def plackett_luce_loss(
     *, policy_logps: Array, reference_logps: Array, mask: Array, scores: Array, beta: float = 0.05
 ) -> LossOutput:
-    """DPO on full rankings (arXiv 2305.18290, eq. 20; the list MLE of LiPO): likelihood of the order of the scores.
+    """DPO on full rankings (arXiv 2305.18290; the list MLE of LiPO): likelihood of the order of the scores.
 
     Args:
       beta: strength of the KL constraint to the reference, above 0.
@@ -64,7 +64,7 @@ def plackett_luce_loss(
 def pair_logistic_loss(
     *, policy_logps: Array, reference_logps: Array, mask: Array, scores: Array, beta: float = 0.05
 ) -> LossOutput:
-    """DPO summed over all pairs of a list with different scores (LiPO's pair-logistic, eq. 6).
+    """DPO summed over all pairs of a list with different scores (LiPO's pair-logistic).
 
     Args:
       beta: strength of the KL constraint to the reference, above 0.
@@ -77,7 +77,7 @@ def pair_logistic_loss(
 def pair_hinge_loss(
     *, policy_logps: Array, reference_logps: Array, mask: Array, scores: Array, beta: float = 0.05
 ) -> LossOutput:
-    """Hinge (SLiC) summed over all pairs of a list with different scores (LiPO's pair-hinge, eq. 7).
+    """Hinge (SLiC) summed over all pairs of a list with different scores (LiPO's pair-hinge).
 
     Args:
       beta: scale of the log-ratio margins, which stop counting at 1/beta; above 0.
@@ -90,7 +90,7 @@ def pair_hinge_loss(
 def lambda_loss(
     *, policy_logps: Array, reference_logps: Array, mask: Array, scores: Array, beta: float = 0.05
 ) -> LossOutput:
-    """LiPO-lambda (eqs. 8 and 9): each pair counts by how much exchanging its places would cost in DCG.
+    """LiPO-lambda: each pair counts by how much exchanging its places would cost in DCG.
 
     Args:
       beta: strength of the KL constraint to the reference, above 0.
@@ -103,7 +103,7 @@ def lambda_loss(
 def list_softmax_loss(
     *, policy_logps: Array, reference_logps: Array, mask: Array, scores: Array, beta: float = 0.05
 ) -> LossOutput:
-    """Cross-entropy of softmax(s) to the scores divided by their sum (LiPO's softmax, eq. 5); scores at least 0.
+    """Cross-entropy of softmax(s) to the scores divided by their sum (LiPO's softmax); scores at least 0.
 
     A list whose scores are all 0 has loss 0.
 
@@ -158,7 +158,7 @@ def implicit_rewards(policy_logps: Array, reference_logps: Array, mask: Array, *
 
 
 def labels_from_win_matrix(win_probs: Array, there: Array) -> Array:
-    """Score of each item: the mean probability that it beats an item of its list (LiPO, sec. 3.1), float32 [..., K].
+    """Score of each item: the mean probability that it beats an item of its list (LiPO), float32 [..., K].
 
     The own entry counts 1/2 whatever the diagonal holds; absent items get 0. Ranks give the matrix of 0 and 1.
 

@@ -1,5 +1,7 @@
 """EXO, NCA, APO, DiscoPOP, AOT, BCO and MPO on pairs against float64 NumPy, and what their papers promise."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from variant_cases import (
@@ -171,7 +173,7 @@ def test_values_where_policy_is_reference(loss, expected, beta):
 @pytest.mark.parametrize("label_smoothing", [1e-3, 0.2])
 def test_exo_is_zero_at_the_log_odds_and_its_slope_has_a_closed_form(label_smoothing):
     optimum = np.log((1 - label_smoothing) / label_smoothing)
-    options = dict(beta=1.0, label_smoothing=label_smoothing)
+    options: dict[str, Any] = dict(beta=1.0, label_smoothing=label_smoothing)
     assert abs(float(exo_pair_loss(**scalar_pair(optimum), **options).loss[0])) < 1e-6
     x = np.array([-6.0, -1.0, 0.0, optimum, optimum + 2])
     expected = sigmoid(x) * sigmoid(-x) * (x - optimum)
@@ -326,7 +328,7 @@ def test_aot_with_ties_keeps_the_mean(loss):
 
 def test_mpo_is_made_of_its_three_parts():
     arrays = float32(pairs())
-    off = dict(preference_coef=0.0, quality_coef=0.0, generation_coef=0.0)
+    off: dict[str, Any] = dict(preference_coef=0.0, quality_coef=0.0, generation_coef=0.0)
     np.testing.assert_allclose(
         mpo_loss(**arrays, **{**off, "preference_coef": 1.0}).loss, dpo_loss(**arrays).loss, rtol=1e-6
     )

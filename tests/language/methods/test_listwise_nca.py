@@ -1,6 +1,7 @@
 """InfoNCA, NCA and EXO over lists against float64 NumPy, absent answers, and their pairwise limits."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +109,7 @@ def test_exo_of_two_answers_is_exo_on_the_pair_with_the_targets_smoothing():
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-def at_rewards(s):
+def at_rewards(s) -> dict[str, Any]:
     """One row of one-token answers with implicit rewards s at beta 1."""
     s = jnp.asarray(s, jnp.float32)[None, :, None]
     return dict(policy_logps=s - 9, reference_logps=jnp.full_like(s, -9.0), mask=jnp.ones_like(s))
@@ -120,7 +121,8 @@ def test_minima_are_at_the_target():
     entropy = -(q * np.log(q)).sum()
 
     def gradient(loss, s):
-        inputs, options = at_rewards(s), dict(scores=scores, beta=1.0, reward_temperature=1.0)
+        inputs = at_rewards(s)
+        options: dict[str, Any] = dict(scores=scores, beta=1.0, reward_temperature=1.0)
         of = jax.jit(jax.grad(lambda p: loss(**{**inputs, "policy_logps": p}, **options).loss.sum()))
         return np.asarray(of(inputs["policy_logps"])), float(loss(**inputs, **options).loss[0])
 

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -164,7 +165,7 @@ def test_dpop_is_dpo_without_penalty_or_shortfall():
 
 def test_dpop_pulls_the_chosen_answer_up_by_one_plus_lambda():
     u, v, penalty_coef = -0.4, -1.0, 3.0
-    options = dict(beta=0.5, penalty_coef=penalty_coef)
+    options: dict[str, Any] = dict(beta=0.5, penalty_coef=penalty_coef)
     inputs = scalar_pair(u, v)
     # A DPO pair with the same logit as this one after the penalty.
     equal = scalar_pair(u + penalty_coef * u, v)
@@ -303,7 +304,8 @@ def test_dr_dpo_is_the_batch_mean_of_dpo_at_a_large_temperature_and_its_minimum_
 
 
 def test_dr_dpo_weighs_pairs_by_the_metric():
-    arrays, options = pairs(), dict(beta=0.5, beta_prime=0.3)
+    arrays = pairs()
+    options: dict[str, Any] = dict(beta=0.5, beta_prime=0.3)
     weight = np.asarray(dr_dpo_loss(**float32(arrays), **options).metrics["pair_weight"])
     assert weight.mean() == pytest.approx(1.0, rel=1e-5) and weight.max() - weight.min() > 0.1
     robust = gradients(functools.partial(dr_dpo_loss, **options), arrays)
@@ -313,7 +315,8 @@ def test_dr_dpo_weighs_pairs_by_the_metric():
 
 
 def test_dr_dpo_leaves_empty_places_out():
-    arrays, options = pairs(2), dict(beta=0.5, beta_prime=0.3)
+    arrays = pairs(2)
+    options: dict[str, Any] = dict(beta=0.5, beta_prime=0.3)
     output = dr_dpo_loss(**float32(with_empty_rows(arrays, [0, 3])), **options)
     expected = np.insert(numpy_dr_dpo(arrays, **options), [0, 3], 0)
     np.testing.assert_allclose(output.loss, expected, rtol=2e-5)

@@ -1,6 +1,7 @@
 """Float64 pairs and central differences for the tests of losses over pairs."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ def with_empty_rows(arrays, at):
     return {name: np.insert(value, at, 0, axis=0) for name, value in arrays.items()}
 
 
-def float32(arrays):
+def float32(arrays) -> dict[str, Any]:
     return {name: jnp.asarray(value, jnp.float32) for name, value in arrays.items()}
 
 
@@ -47,11 +48,11 @@ def sums(a):
     return out
 
 
-def without(arrays, *prefixes):
+def without(arrays, *prefixes) -> dict[str, Any]:
     return {name: value for name, value in arrays.items() if not name.startswith(prefixes)}
 
 
-def scalar_pair(u, v=0.0, reference=-3.0):
+def scalar_pair(u, v: Any = 0.0, reference=-3.0) -> dict[str, Any]:
     """One-token pairs with the log-ratios u and v; either may be an array."""
     u, v = np.broadcast_arrays(np.atleast_1d(np.asarray(u, float)), np.asarray(v, float))
     base = np.full_like(u, reference)

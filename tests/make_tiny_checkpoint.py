@@ -116,13 +116,14 @@ def make_tiny_checkpoint(
     scale: float = 0.05,
     chat_template: str | None = None,
     eos_is_pad: bool = False,
+    tokenizer: PreTrainedTokenizerFast | None = None,
     **changes,
 ) -> Path:
-    """Write the folder; `changes` are keys of config.json."""
+    """Write the folder; the tokenizer is given or made of the texts; `changes` are keys of config.json."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = llama_config(**changes)
-    tokenizer = make_tokenizer(
+    tokenizer = tokenizer or make_tokenizer(
         texts, vocabulary_size=config["vocab_size"], chat_template=chat_template, eos_is_pad=eos_is_pad
     )
     tokenizer.save_pretrained(folder)

@@ -12,8 +12,17 @@ import tyro
 from docstring_parser import parse as parse_docstring
 
 from dpo_jax.cli.console import UsageError
-from dpo_jax.language.objectives import column_names, loss_needs, needs_reference
+from dpo_jax.language.objectives import column_names, form_of, loss_needs, needs_reference, origin, whole_column
 from dpo_jax.types import LossOutput
+
+_FORM_NAMES = {
+    "pairs": "pairs",
+    "triples": "triples (gold, chosen, rejected)",
+    "singles": "labelled completions",
+    "mismatched": "labelled completions",
+    "revisions": "pairs",
+    "lists": "scored lists",
+}
 
 
 @dataclass(frozen=True)
@@ -31,11 +40,6 @@ class Method:
     loss: Callable[..., LossOutput]
 
     @property
-    def paper(self) -> str:
-        """Slug of the paper's module."""
-        return self.module.__name__.rsplit(".", 1)[-1].replace("_", "-")
-
-    @property
     def summary(self) -> str:
         """First line of the loss's docstring."""
         return (inspect.getdoc(self.loss) or "").split("\n", 1)[0].rstrip(".")
@@ -49,10 +53,20 @@ class Method:
     @property
     def data(self) -> str:
         """The kind of rows that the loss reads."""
-        names = loss_needs(self.loss).arrays
-        kind = "pairs" if any(re.search(r"chosen|rejected", name) for name in names) else "lists or single completions"
-        columns = column_names(self.loss)
-        return kind + (f" + {', '.join(columns)}" if columns else "")
+        columns = tuple(dict.fromkeys(map(whole_column, column_names(self.loss))))
+        kind = "any completions" if self.form == "lists" and "scores" not in columns else _FORM_NAMES[self.form]
+        named = [name for name in columns if name not in ("labels", "scores")]  # the form has these
+        return kind + (f" + {', '.join(named)}" if named else "")
+
+    @property
+    def form(self) -> str:
+        """What the completions of a row are: a key of `language.types.COMPLETIONS`."""
+        return form_of(self.loss)
+
+    @property
+    def reward(self) -> bool:
+        """Whether the model that is trained is a reward model."""
+        return any(origin(name).statistic == "reward" for name in loss_needs(self.loss).arrays)
 
     @property
     def reference(self) -> bool:
@@ -60,18 +74,47 @@ class Method:
         return needs_reference(self.loss)
 
 
-def methods() -> dict[str, Method]:
-    """Every public `*_loss` of every module in `dpo_jax.language.methods`, by slug."""
+@dataclass(frozen=True)
+class Paper:
+    """One module of methods.
+
+    Attributes:
+      slug: its name.
+      module: with the card as its docstring.
+      losses: what can be trained.
+      functions: names of all other public functions.
+    """
+
+    slug: str
+    module: Any
+    losses: list[Method]
+    functions: tuple[str, ...]
+
+
+def papers() -> list[Paper]:
+    """Every module of `dpo_jax.language.methods`."""
     package = importlib.import_module("dpo_jax.language.methods")
-    found: dict[str, Method] = {}
+    found = []
     for info in sorted(pkgutil.iter_modules(package.__path__), key=lambda info: info.name):
         module = importlib.import_module(f"{package.__name__}.{info.name}")
-        for name, function in vars(module).items():
-            own = inspect.isfunction(function) and function.__module__ == module.__name__
-            if own and name.endswith("_loss") and not name.startswith("_"):
-                slug = name.removesuffix("_loss").replace("_", "-")
-                found[slug] = Method(slug, module, function)
+        own = {
+            name: function
+            for name, function in vars(module).items()
+            if inspect.isfunction(function) and function.__module__ == module.__name__ and not name.startswith("_")
+        }
+        losses = [
+            Method(name.removesuffix("_loss").replace("_", "-"), module, function)
+            for name, function in own.items()
+            if name.endswith("_loss")
+        ]
+        functions = tuple(name for name in own if not name.endswith("_loss"))
+        found.append(Paper(info.name.replace("_", "-"), module, losses, functions))
     return found
+
+
+def methods() -> dict[str, Method]:
+    """Every public `*_loss` of every module in `dpo_jax.language.methods`, by slug."""
+    return {loss.slug: loss for paper in papers() for loss in paper.losses}
 
 
 def method(slug: str) -> Method:

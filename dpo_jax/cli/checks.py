@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from dpo_jax.cli.catalogue import Method, initial_loss_state
 from dpo_jax.cli.configs import DataConfig, LoopConfig, MeshConfig
 from dpo_jax.cli.console import UsageError
+from dpo_jax.cli.data import wanted_by
 from dpo_jax.language.objectives import column_names, loss_needs, origin
 from dpo_jax.optimizers import OptimizerConfig
 from dpo_jax.sharding import make_mesh
@@ -74,6 +75,32 @@ def check_options(method: Method, config: Any) -> None:
     _check_optimizer(config.optimizer)
     _check_data_and_loop(config.data, config.loop)
     _check_reference(method, config)
+    _check_frozen(method, config)
+
+
+def _check_frozen(method: Method, config: Any) -> None:
+    """Raise UsageError for a frozen model or a way to read rows that the method has no use for."""
+    columns = wanted_by(method.loss).columns
+    uses = {
+        "--guidance-model": (config.frozen.guidance_model, "guidance_logps" in columns),
+        "--positive-model": (config.frozen.positive_model, "contrastive_logps" in columns),
+        "--negative-model": (config.frozen.negative_model, "contrastive_logps" in columns),
+        "--embedding-model": (
+            config.frozen.embedding_model,
+            "semantic_distance" in columns or "step_similarity" in columns,
+        ),
+        "--step-delimiter": (config.data.step_delimiter, "step_ids" in columns),
+        "--revision-instruction": (
+            config.data.revision_instruction != DataConfig.revision_instruction,
+            method.form == "revisions",
+        ),
+    }
+    if idle := [name for name, (given, used) in uses.items() if given and not used]:
+        raise UsageError(f"{', '.join(idle)} has no effect: {method.slug} reads nothing that comes from it")
+    if bool(config.frozen.positive_model) != bool(config.frozen.negative_model):
+        raise UsageError("--positive-model and --negative-model are given together or not at all")
+    if config.data.step_delimiter == "":
+        raise UsageError("--step-delimiter is empty; give the text that ends a step")
 
 
 def check_ranges(part: Any) -> None:
@@ -153,10 +180,11 @@ def check_loss_options(method: Method, config: Any) -> None:
         return
     hyper = {f.name: getattr(config.loss, f.name) for f in fields(config.loss)}
     needs = loss_needs(method.loss)
-    arrays = {
-        name: jnp.ones((1, 1) if origin(name).side else (1, 1 if method.data.startswith("lists") else 2, 1))
-        for name in needs.arrays
-    }
+    arrays = {}
+    for name in needs.arrays:
+        reward = origin(name).statistic == "reward"
+        shape = (1,) if origin(name).side else (1, 1)
+        arrays[name] = jnp.ones(shape if reward else (*shape, 1))
     special = {"loss_state": initial_loss_state(method)} if needs.state else {}
     special |= {"key": jax.random.key(0)} if needs.key else {}
     try:

@@ -11,6 +11,7 @@ import tyro
 from dpo_jax import __version__
 from dpo_jax.cli.catalogue import Method, options_class
 from dpo_jax.cli.console import OutputConfig, UsageError
+from dpo_jax.language.data.forms import REVISION
 from dpo_jax.optimizers import OptimizerConfig
 
 Config = TypeVar("Config")
@@ -58,6 +59,24 @@ class DataConfig:
     """Cut what is too long (a prompt keeps its end), or drop the row."""
     layout: Literal["packed", "padded"] = "packed"
     """Rows of prefix trees in which a prompt stands once, or one padded row for each completion."""
+    step_delimiter: str | None = None
+    """Text that ends a step of an answer, for methods that read steps."""
+    revision_instruction: str = REVISION
+    """What asks for an improvement of an answer, for methods that learn to revise."""
+
+
+@dataclass(frozen=True)
+class FrozenConfig:
+    """Frozen models that make columns of the data before training, each a folder or hub id."""
+
+    guidance_model: str | None = None
+    """Model whose token log-probs guide the policy's, with the policy's tokenizer."""
+    positive_model: str | None = None
+    """Model fine-tuned on right answers, for contrastive token scores."""
+    negative_model: str | None = None
+    """Model fine-tuned on wrong answers, for contrastive token scores."""
+    embedding_model: str | None = None
+    """Model whose mean hidden states are the embeddings of texts and steps."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +136,7 @@ def train_config_class(chosen: Method) -> type:
     parts = {
         "model": ModelConfig,
         "data": DataConfig,
+        "frozen": FrozenConfig,
         "loss": loss,
         "optimizer": OptimizerConfig,
         "loop": LoopConfig,

@@ -1,36 +1,27 @@
 """From files to the examples and layouts of a run, with every loss on the way counted and reported."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax
-from jax.sharding import Mesh
-
 from dpo_jax.cli.configs import DataConfig
 from dpo_jax.cli.console import UsageError, say
-from dpo_jax.cli.models import open_model
-from dpo_jax.cli.processes import is_first, true_everywhere
-from dpo_jax.language.data.annotate import (
-    content_key,
-    load_logps,
-    save_logps,
-    token_logps_of,
-    with_reference_logps,
-)
+from dpo_jax.cli.processes import is_first
 from dpo_jax.language.data.batches import (
     LayoutPlan,
-    epoch_batches,
     plan_layout,
     plan_padded_layout,
     split_examples,
     steps_per_epoch,
 )
+from dpo_jax.language.data.columns import ColumnError, advice, with_columns
 from dpo_jax.language.data.encode import encode_rows
+from dpo_jax.language.data.forms import FormError, to_form
 from dpo_jax.language.data.pack import Layout, example_lengths
-from dpo_jax.language.data.rows import SkippedRow, read_rows
+from dpo_jax.language.data.rows import Form, PreferenceRow, SkippedRow, read_rows
+from dpo_jax.language.objectives import Loss, column_names, form_of, loss_needs, whole_column
 from dpo_jax.language.types import Example
 
 SKIPPED_FILE = "skipped_rows.jsonl"
@@ -55,17 +46,45 @@ class Prepared:
     steps: int
 
 
-def read_examples(paths: Sequence[str], tokenizer: Any, config: DataConfig, out: Path | None) -> list[Example]:
+@dataclass(frozen=True)
+class Wanted:
+    """What a method reads of the data.
+
+    Attributes:
+      form: of the rows.
+      columns: that only the data can give.
+      kept: all columns that it would read, those too that a model gives otherwise.
+    """
+
+    form: Form
+    columns: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+
+
+def wanted_by(loss: Loss) -> Wanted:
+    """What a loss reads of the data; where one column serves all completions, that one."""
+    names = loss_needs(loss).arrays
+    only = tuple(dict.fromkeys(map(whole_column, column_names(loss))))
+    return Wanted(form_of(loss), only, tuple({*names, *map(whole_column, names)}))  # type: ignore[arg-type]
+
+
+def read_examples(
+    paths: Sequence[str], tokenizer: Any, config: DataConfig, out: Path | None, wanted: Wanted, *, seed: int = 0
+) -> list[Example]:
     """Read, check and encode rows; says what was cut and dropped, lists skipped rows in the run's folder.
 
     Raises:
       RowError: a bad row, unless they are skipped.
+      UsageError: files that do not exist, rows that cannot take the form that is wanted.
       ValueError: no row is left.
     """
     missing = [path for path in paths if not Path(path).exists()]
     if missing:
         raise UsageError(f"no such file: {', '.join(missing)}")
     rows, skipped = read_rows(paths, on_bad_row=config.on_bad_row)
+    if rows:
+        rows, left_out = _as_wanted(rows, wanted, config, seed)
+        skipped = [*skipped, *left_out]
     if skipped:
         report_skipped(skipped, out)
     if not rows:
@@ -76,11 +95,35 @@ def read_examples(paths: Sequence[str], tokenizer: Any, config: DataConfig, out:
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
         truncation=config.truncation,
+        step_delimiter=config.step_delimiter if "step_ids" in wanted.columns else None,
     )
     say(f"{', '.join(paths)}: {report}")
     if not examples:
         raise ValueError(f"{', '.join(paths)}: no example is left after encoding; raise --max-length")
     return examples
+
+
+def _as_wanted(
+    rows: list[PreferenceRow], wanted: Wanted, config: DataConfig, seed: int
+) -> tuple[list[PreferenceRow], list[SkippedRow]]:
+    """Rows of the form and with the columns that a method reads, and those that have none."""
+    before, given = rows[0].form, len(rows)
+    try:
+        rows, left_out = to_form(rows, wanted.form, seed=seed, revision_instruction=config.revision_instruction)
+        rows = with_columns(rows, wanted.columns)
+    except (FormError, ColumnError) as error:
+        raise UsageError(str(error)) from error
+    if before != wanted.form:
+        say(f"{given} rows of {before} give {len(rows)} of {wanted.form}")
+    kept = set(wanted.kept)
+    return [replace(row, columns={k: v for k, v in row.columns.items() if k in kept}) for row in rows], left_out
+
+
+def check_columns(slug: str, wanted: Wanted, have: Collection[str]) -> None:
+    """Raise UsageError if columns are missing that only the data can give; says how to make them."""
+    if missing := [name for name in wanted.columns if name not in have]:
+        listed = "; ".join(f"`{name}`: {advice(name)}" for name in missing)
+        raise UsageError(f"{slug} needs columns that the rows lack. {listed}")
 
 
 def report_skipped(skipped: Sequence[SkippedRow], out: Path | None) -> None:
@@ -110,13 +153,15 @@ def layout_of(
     return plan_layout(lengths, batch_size=batch_size, row_multiple=row_multiple, seed=seed, steps=steps)
 
 
-def prepare(config: Any, tokenizer: Any, out: Path, *, row_multiple: int) -> Prepared:
+def prepare(config: Any, wanted: Wanted, tokenizer: Any, out: Path, *, row_multiple: int) -> Prepared:
     """Examples, split and shapes of a training run."""
-    examples = read_examples(config.data.data, tokenizer, config.data, out)
+    seed = config.loop.seed
+    examples = read_examples(config.data.data, tokenizer, config.data, out, wanted, seed=seed)
     if config.data.eval_data:
-        train, held_out = examples, read_examples(config.data.eval_data, tokenizer, config.data, None)
+        held_out = read_examples(config.data.eval_data, tokenizer, config.data, None, wanted, seed=seed)
+        train = examples
     elif config.data.held_out:
-        train, held_out = split_examples(examples, held_out=config.data.held_out, seed=config.loop.seed)
+        train, held_out = split_examples(examples, held_out=config.data.held_out, seed=seed)
     else:
         train, held_out = examples, []
     if not train:
@@ -124,9 +169,7 @@ def prepare(config: Any, tokenizer: Any, out: Path, *, row_multiple: int) -> Pre
     size = config.loop.batch_size
     steps = config.loop.steps or max(1, round(config.loop.epochs * steps_per_epoch(len(train), size)))
     padded = config.data.layout == "padded"
-    plan = layout_of(
-        train, batch_size=size, row_multiple=row_multiple, seed=config.loop.seed, padded=padded, steps=steps
-    )
+    plan = layout_of(train, batch_size=size, row_multiple=row_multiple, seed=seed, padded=padded, steps=steps)
     held_out_plan = None
     if held_out:
         held_out_plan = layout_of(held_out, batch_size=size, row_multiple=row_multiple, seed=None, padded=padded)
@@ -138,42 +181,3 @@ def prepare(config: Any, tokenizer: Any, out: Path, *, row_multiple: int) -> Pre
     return Prepared(
         train, held_out, plan.layout, held_out_plan.layout if held_out_plan else None, plan.fill_rate, steps
     )
-
-
-def annotate_reference(data: Prepared, config: Any, mesh: Mesh, out: Path) -> Prepared:
-    """The reference's log-probs as columns of all examples, computed once and kept in the run's folder."""
-    source = config.model.reference_model or config.model.model
-    model = open_model(source, config.model)
-    variables: Any = None
-
-    def annotated(examples: list[Example], layout: Layout) -> list[Example]:
-        nonlocal variables
-        # What the numbers depend on: the weights, the type they are computed in, and every token.
-        key = content_key(f"{model.fingerprint()} {config.model.dtype} {config.model.param_dtype}", examples)
-        path = out / f"reference_logps_{key}.npz"
-        logps = load_logps(path, examples)
-        # The other processes may see no such file; to compute takes all of them.
-        if not true_everywhere(logps is not None):
-            variables = model.load(mesh) if variables is None else variables
-            stream = epoch_batches(
-                examples,
-                layout,
-                batch_size=config.loop.batch_size,
-                host=jax.process_index(),
-                hosts=jax.process_count(),
-                padded=config.data.layout == "padded",
-            )
-            logps = token_logps_of(model.apply_fn, variables, stream, mesh)
-            if is_first():
-                save_logps(path, logps, examples)
-            say(f"reference log-probs of {len(examples)} examples computed and kept in {path}")
-        else:
-            say(f"reference log-probs of {len(examples)} examples read from {path}")
-        assert logps is not None
-        return with_reference_logps(examples, logps)
-
-    size, padded = config.loop.batch_size, config.data.layout == "padded"
-    plan = layout_of(data.train, batch_size=size, row_multiple=data.layout.rows, seed=None, padded=padded)
-    train = annotated(data.train, plan.layout)
-    held_out = annotated(data.held_out, data.held_out_layout) if data.held_out_layout else []
-    return replace(data, train=train, held_out=held_out)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from dpo_jax.cli.checks import check_ranges, mesh_of
 from dpo_jax.cli.configs import DataConfig, MeshConfig, ModelConfig
 from dpo_jax.cli.console import OutputConfig, UsageError, result, say
-from dpo_jax.cli.data import layout_of, read_examples
+from dpo_jax.cli.data import Wanted, layout_of, read_examples
 from dpo_jax.cli.models import open_model
 from dpo_jax.cli.processes import is_first, join_processes
 from dpo_jax.language.data.batches import epoch_batches
@@ -69,9 +69,8 @@ def evaluate_command(config: EvaluateConfig) -> None:
         folder = str(Path(folder) / "export")
         say(f"evaluating {folder}")
     model = open_model(folder, options)
-    examples = read_examples(config.data, model.tokenizer, DataConfig(max_length=config.max_length), None)
-    if len(examples[0].completions) != 2:
-        raise UsageError(f"evaluate needs pairs, and the rows have {len(examples[0].completions)} completions each")
+    options_of_data = DataConfig(max_length=config.max_length)
+    examples = read_examples(config.data, model.tokenizer, options_of_data, None, Wanted("pairs"))
     plan = layout_of(examples, batch_size=config.batch_size, row_multiple=data_shards(mesh), seed=None, padded=False)
     variables, reference = model.load(mesh), None
     if config.reference_model is not None:

@@ -49,7 +49,7 @@ def export_command(config: ExportConfig) -> None:
     if config.weights == "ema" and not keeps_average:
         raise UsageError(f"{run} keeps no moving average; give --weights params")
     name = "ema" if keeps_average and config.weights != "params" else "params"
-    model = open_model(trained.model.model, trained.model)
+    model = open_model(trained.model.model, trained.model, reward=chosen.reward)
     mesh = make_mesh(data=1, fsdp=jax.device_count())
     abstract = abstract_variables(model.config)
     dtype = {"ema": "float32"}.get(name)

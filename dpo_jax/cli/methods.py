@@ -3,13 +3,13 @@
 import re
 from dataclasses import dataclass, field
 
-from dpo_jax.cli.catalogue import Method, methods
+from dpo_jax.cli.catalogue import Method, Paper, methods, papers
 from dpo_jax.cli.console import OutputConfig, result
 from dpo_jax.language.objectives import loss_needs
 from dpo_jax.report import table
 
 HEADERS = ("method", "what it is", "arXiv", "data it needs", "reference", "options")
-PAPER_HEADERS = ("slug", "paper", "losses", "data it needs", "reference", "experiment", "measured claim")
+PAPER_HEADERS = ("slug", "paper", "losses or functions", "data it needs", "reference", "experiment", "measured claim")
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ def row(method: Method) -> tuple[str, ...]:
     return method.slug, summary, method.sources, method.data, "yes" if method.reference else "no", options or "-"
 
 
-def paper_row(losses: list[Method]) -> tuple[str, ...]:
-    """One paper: the losses of a module, and what its card says was measured."""
-    card = losses[0].module.__doc__ or ""
+def paper_row(paper: Paper) -> tuple[str, ...]:
+    """One paper: the losses (or else the functions) of a module, and what its card says was measured."""
+    losses, card = paper.losses, paper.module.__doc__ or ""
     title, numbers = card.split("\n", 1)[0].rstrip("."), re.findall(r"arXiv (\d{4}\.\d{5})", card)
 
     def card_line(name: str) -> str:
@@ -42,18 +42,17 @@ def paper_row(losses: list[Method]) -> tuple[str, ...]:
     reference = "no" if not with_reference else "yes" if len(with_reference) == len(losses) else "all but "
     if reference == "all but ":
         reference += ", ".join(loss.slug for loss in losses if not loss.reference)
-    paper = title + (f", arXiv {numbers[0]}" if numbers else "")
+    name = title + (f", arXiv {numbers[0]}" if numbers else "")
     names = ", ".join(f"`{loss.slug}`" for loss in losses)
-    data = "; ".join(dict.fromkeys(loss.data for loss in losses))
-    return losses[0].paper, paper, names, data, reference, card_line("Experiment"), card_line("Measured")
+    names = names or "functions: " + ", ".join(f"`{function}`" for function in paper.functions)
+    data = "; ".join(dict.fromkeys(loss.data for loss in losses)) or "-"
+    reference = reference if losses else "-"
+    return paper.slug, name, names, data, reference, card_line("Experiment"), card_line("Measured")
 
 
 def markdown() -> str:
     """The README's METHODS table."""
-    papers: dict[str, list[Method]] = {}
-    for method in methods().values():
-        papers.setdefault(method.paper, []).append(method)
-    rows = [PAPER_HEADERS, tuple("---" for _ in PAPER_HEADERS), *map(paper_row, papers.values())]
+    rows = [PAPER_HEADERS, tuple("---" for _ in PAPER_HEADERS), *map(paper_row, papers())]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 

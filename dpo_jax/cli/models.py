@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from dpo_jax.cli.configs import ModelConfig
 from dpo_jax.language.models.decoder import DecoderConfig, decoder_function
-from dpo_jax.language.models.folder import config_from_hf, load_tokenizer, local_folder, read_config
+from dpo_jax.language.models.folder import WeightsError, config_from_hf, load_tokenizer, local_folder, read_config
 from dpo_jax.language.models.weights import load_hf
 from dpo_jax.types import PyTree
 
@@ -42,15 +42,22 @@ class OpenModel:
         return hashlib.blake2b(repr(facts).encode(), digest_size=12).hexdigest()
 
 
-def open_model(model: str, options: ModelConfig) -> OpenModel:
+def open_model(model: str, options: ModelConfig, *, reward: bool = False) -> OpenModel:
     """Open a folder or hub id; reads its config and tokenizer, not yet its weights.
 
+    Args:
+      reward: open it as a reward model; a language model then gets a new head.
+
     Raises:
-      WeightsError: not a checkpoint that can be read.
+      WeightsError: not a checkpoint that can be read, or a reward model where a language model is needed.
     """
     folder = local_folder(model)
+    found = config_from_hf(read_config(folder), place=str(folder / "config.json"))
+    if found.reward and not reward:
+        raise WeightsError(f"{folder} is a reward model; a language model is needed here")
     config = replace(
-        config_from_hf(read_config(folder), place=str(folder / "config.json")),
+        found,
+        reward=reward,
         dtype=options.dtype,
         param_dtype=options.param_dtype,
         remat=options.remat,

@@ -10,18 +10,19 @@ import jax
 from jax.sharding import Mesh
 
 from dpo_jax.checkpoint import Checkpoints, open_checkpoints
+from dpo_jax.cli.annotate import annotate
 from dpo_jax.cli.catalogue import Method, initial_loss_state
 from dpo_jax.cli.checks import check_loss_options, check_options, mesh_of
 from dpo_jax.cli.configs import CONFIG_FILE, config_record, differing_keys, write_record
 from dpo_jax.cli.console import UsageError, result, say
-from dpo_jax.cli.data import Prepared, annotate_reference, prepare
+from dpo_jax.cli.data import Prepared, check_columns, prepare, wanted_by
 from dpo_jax.cli.loop import Course, Outcome, run_course, with_tokens
 from dpo_jax.cli.models import OpenModel, open_model
 from dpo_jax.cli.processes import is_first, join_processes
 from dpo_jax.language.data.batches import batches, epoch_batches
 from dpo_jax.language.models.decoder import RULES, abstract_variables
 from dpo_jax.language.models.weights import save_hf
-from dpo_jax.language.objectives import column_names, from_loss, needs_reference, serving_column
+from dpo_jax.language.objectives import from_loss, needs_reference
 from dpo_jax.optimizers import make_optimizer
 from dpo_jax.report import open_metrics, read_metrics
 from dpo_jax.sharding import data_shards, shard_batch
@@ -58,11 +59,12 @@ def train(method: Method, config: Any) -> None:
     record = config_record("train", method.slug, config)
     mesh = mesh_of(config.mesh)
     keep_config(out, record)
-    model = open_model(config.model.model, config.model)
-    data = prepare(config, model.tokenizer, out, row_multiple=data_shards(mesh) * config.loop.microbatches)
-    if config.model.reference == "columns":
-        data = annotate_reference(data, config, mesh, out)
-    check_columns(method, data)
+    model = open_model(config.model.model, config.model, reward=method.reward)
+    wanted = wanted_by(method.loss)
+    multiple = data_shards(mesh) * config.loop.microbatches
+    data = prepare(config, wanted, model.tokenizer, out, row_multiple=multiple)
+    data = annotate(data, wanted, config, mesh, out)
+    check_columns(method.slug, wanted, data.train[0].columns)
     with open_checkpoints(out / "checkpoints", keep=config.loop.keep) as checkpoints:
         outcome, resumed = run(method, config, mesh, model, data, checkpoints, record, out)
     if is_first():
@@ -90,15 +92,6 @@ def keep_config(out: Path, record: dict[str, Any]) -> None:
             )
     if is_first():
         write_record(out, record)
-
-
-def check_columns(method: Method, data: Prepared) -> None:
-    """Raise UsageError if the loss reads columns that the rows do not have."""
-    have = data.train[0].columns
-    if missing := [name for name in column_names(method.loss) if not serving_column(name, have)]:
-        raise UsageError(f"{method.slug} needs the columns {missing}, and the rows have {sorted(have) or 'none'}")
-    if data.layout.completions != 2 and method.data.startswith("pairs"):
-        raise UsageError(f"{method.slug} needs pairs, and the rows have {data.layout.completions} completions each")
 
 
 def run(

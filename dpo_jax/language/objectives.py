@@ -8,17 +8,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.language.score import DIVERGENCES, VOCABULARY_STATISTICS, completion_mask, score
-from dpo_jax.language.types import Batch, LanguageModel
+from dpo_jax.language.score import DIVERGENCES, VOCABULARY_STATISTICS, completion_mask, rewards, score
+from dpo_jax.language.types import COMPLETIONS, Batch, LanguageModel
 from dpo_jax.types import Array, LossOutput, PyTree
 
 Loss = Callable[..., LossOutput]
 
 _SPECIAL = ("loss_state", "key")
-_SIDES = {"chosen": 0, "rejected": 1}
-_OF_ONE_MODEL = re.compile(rf"(policy|reference)_(?:(chosen|rejected)_)?(logps|{'|'.join(VOCABULARY_STATISTICS)})")
-_OF_BOTH_MODELS = re.compile(rf"(?:(chosen|rejected)_)?({'|'.join(DIVERGENCES)})")
-_OF_THE_BATCH = re.compile(r"(?:(chosen|rejected)_)?mask")
+_NAMES = {name for names in COMPLETIONS.values() for name in names}
+_SIDE = f"(?:({'|'.join(sorted(_NAMES, key=len, reverse=True))})_)?"  # longest first: chosen_given_rejected, chosen
+_OF_ONE_MODEL = re.compile(rf"(policy|reference)_{_SIDE}(logps|{'|'.join(VOCABULARY_STATISTICS)})")
+_OF_BOTH_MODELS = re.compile(rf"{_SIDE}({'|'.join(DIVERGENCES)})")
+_OF_THE_REWARD_MODEL = re.compile(rf"policy_{_SIDE}reward")
+_OF_THE_BATCH = re.compile(rf"{_SIDE}mask")
+# Token columns that another frozen model makes for all completions at once.
+_OF_A_FROZEN_MODEL = re.compile(rf"(guidance|contrastive)_{_SIDE}(logps)")
+_OF_STEPS = re.compile(rf"{_SIDE}step_ids")
 
 
 class Needs(NamedTuple):
@@ -42,8 +47,8 @@ class Origin(NamedTuple):
 
     Attributes:
       maker: "policy", "reference", "both" (a divergence between them), "batch" (a mask) or "column".
-      statistic: `logps`, `entropy`, `kl`, `mask`, ...; the argument's own name for a column.
-      side: "chosen", "rejected", or None for all completions.
+      statistic: `logps`, `entropy`, `kl`, `reward`, `mask`, ...; the argument's own name for a column.
+      side: name of one completion ("chosen", "rejected", "gold", ...), or None for all of them.
     """
 
     maker: str
@@ -66,18 +71,46 @@ def origin(name: str) -> Origin:
         return Origin(match[1], match[3], match[2])
     if match := _OF_BOTH_MODELS.fullmatch(name):
         return Origin("both", match[2], match[1])
+    if match := _OF_THE_REWARD_MODEL.fullmatch(name):
+        return Origin("policy", "reward", match[1])
     if match := _OF_THE_BATCH.fullmatch(name):
         return Origin("batch", "mask", match[1])
     return Origin("column", name, None)
+
+
+def form_of(loss: Loss) -> str:
+    """The form of row that a loss reads (a key of `COMPLETIONS`): that of the completions that its arguments name."""
+    named = {side for name in loss_needs(loss).arrays for side in _sides_in(name)}
+    fitting = (form for form, names in COMPLETIONS.items() if named and named <= set(names))
+    return "lists" if not named else next(fitting)
+
+
+def _sides_in(name: str) -> list[str]:
+    """Completions that an argument's name speaks of."""
+    if side := origin(name).side:
+        return [side]
+    if name == "labels":
+        return ["completion"]
+    match = re.match(rf"(?:(?:guidance|contrastive)_)?{_SIDE}", name)
+    return [match[1]] if match and match[1] in ("chosen", "rejected") else []
 
 
 def serving_column(name: str, columns: Collection[str]) -> str | None:
     """The column that gives an argument: its own, or that of all completions (`reference_logps` for both sides)."""
     if name in columns:
         return name
+    whole = whole_column(name)
+    return whole if whole in columns else None
+
+
+def whole_column(name: str) -> str:
+    """The column of all completions that an argument about one of them is taken from; else its own name."""
+    if match := _OF_A_FROZEN_MODEL.fullmatch(name):
+        return f"{match[1]}_{match[3]}"
+    if _OF_STEPS.fullmatch(name):
+        return "step_ids"
     maker, statistic, side = origin(name)
-    whole = f"{maker}_{statistic}"
-    return whole if side and whole in columns else None
+    return f"{maker}_{statistic}" if side else name
 
 
 def needs_reference(loss: Loss, columns: Collection[str] = ()) -> bool:
@@ -106,7 +139,7 @@ def from_loss(loss: Loss, *, frozen_head: bool = False, **hyper: Any):
       TypeError: a hyper-parameter that the loss does not have; when traced, a column, a reference or a second
         completion that is missing.
     """
-    needs = loss_needs(loss)
+    needs, form = loss_needs(loss), form_of(loss)
     if unknown := set(hyper) - set(needs.hyper):
         raise TypeError(f"{loss.__name__} has no option {sorted(unknown)}; its options are {sorted(needs.hyper)}")
 
@@ -124,7 +157,7 @@ def from_loss(loss: Loss, *, frozen_head: bool = False, **hyper: Any):
         arrays = {}
         for name, column in served.items():
             whole = computed[origins[name]] if column is None else columns[column]
-            arrays[name] = whole if column == name else _side(whole, origin(name).side, name)
+            arrays[name] = whole if column == name else _side(whole, name, form)
         special = {"loss_state": loss_state} if needs.state else {}
         special |= {"key": key} if needs.key else {}
         return loss(**arrays, **special, **hyper)
@@ -132,19 +165,20 @@ def from_loss(loss: Loss, *, frozen_head: bool = False, **hyper: Any):
     return objective
 
 
-def _side(whole: Array, side: str | None, name: str) -> Array:
-    """[B, K, T] -> [B, T] of one completion of a pair, or all of it."""
-    if side is None:
+def _side(whole: Array, name: str, form: str) -> Array:
+    """[B, K, ...] -> [B, ...] of the completion that an argument's name speaks of, or all of them."""
+    sides = _sides_in(name)
+    if not sides:
         return whole
-    if whole.shape[1] != len(_SIDES):
-        raise TypeError(f"{name} needs pairs, and the rows have {whole.shape[1]} completions each")
-    return whole[:, _SIDES[side]]
+    if whole.shape[1] != len(COMPLETIONS[form]):
+        raise TypeError(f"{name} needs {form}, and the rows have {whole.shape[1]} completions each")
+    return whole[:, COMPLETIONS[form].index(sides[0])]
 
 
 def _compute(
     origins: set[Origin], policy: LanguageModel, reference: LanguageModel | None, batch: Batch, frozen_head: bool
 ) -> dict[Origin, Array]:
-    """[B, K, T] of each origin, with one forward of each model that is needed."""
+    """[B, K, T] (a reward: [B, K]) of each origin, with one forward of each model that is needed."""
 
     def asked(maker: str) -> set[str]:
         return {source.statistic for source in origins if source.maker == maker}
@@ -156,6 +190,9 @@ def _compute(
             "or the data the reference's log-probs as columns"
         )
     values: dict[tuple[str, str], Array] = {("batch", "mask"): completion_mask(batch)}
+    if "reward" in of_policy:
+        values["policy", "reward"] = rewards(policy, batch)
+        of_policy.remove("reward")
     if of_policy or of_both:
         wanted = tuple(sorted((of_policy | of_both) - {"logps"}))
         both = reference if of_both else None

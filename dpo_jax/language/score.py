@@ -43,6 +43,28 @@ def completion_mask(batch: Batch) -> Array:
     return (slots >= 0).astype(jnp.float32).reshape(-1, *slots.shape[2:])
 
 
+def rewards(model: LanguageModel, batch: Batch) -> Array:
+    """What a reward model says of each completion, from the hidden state at its last token.
+
+    Args:
+      model: answers a `Prediction` whose head has one row.
+
+    Returns:
+      float32 [B, K], zero where there is no completion.
+
+    Raises:
+      ValueError: the model's head is not that of a reward model.
+    """
+    answer = predict(model, batch)
+    if not isinstance(answer, Prediction) or answer.head.shape[0] != 1:
+        raise ValueError("rewards need a model with a reward head [1, D]; give one, not a language model")
+    ends = jnp.asarray(batch.ends)  # [R, E, K]
+    hidden = gather_rows(answer.hidden, jnp.maximum(ends, 0)).astype(jnp.float32)  # [R, L, D] -> [R, E, K, D]
+    values = hidden @ answer.head[0].astype(jnp.float32)
+    values = values if answer.bias is None else values + answer.bias[0]
+    return jnp.where(ends >= 0, values, 0.0).reshape(-1, ends.shape[-1])
+
+
 def score(
     model: LanguageModel,
     batch: Batch,

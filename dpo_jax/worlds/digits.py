@@ -122,3 +122,43 @@ def make_tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token=SYMBOLS[PAD], bos_token=SYMBOLS[BOS], eos_token=SYMBOLS[EOS]
     )
+
+
+def make_rows(form: str, count: int, seed: int) -> list[dict]:
+    """Preference rows of the world: chains scored by the share of their steps before the first wrong one.
+
+    Args:
+      form: "pairs" (with both scores, and `golden`: 1 for every other row), "triples", "singles" (with labels) or
+        "lists" (of two to four chains with scores; `is_adversarial` for every third).
+      count: of the rows.
+      seed: of prompts and chains.
+
+    Raises:
+      ValueError: another form.
+    """
+    random = np.random.default_rng(seed)
+    return [_row(form, number, prompt, random) for number, prompt in enumerate(make_prompts(count, seed))]
+
+
+def _row(form: str, number: int, prompt: str, random: np.random.Generator) -> dict:
+    def score(chain: str) -> float:
+        first = judge(prompt, chain).first_error_step
+        return 1.0 if first is None else first / STEPS
+
+    chains = {solve(prompt)}
+    while len(chains) < 4:
+        chains.add(noisy_solution(prompt, 0.4, random))
+    ranked = sorted(chains, key=lambda chain: (-score(chain), chain))
+    best, second, worst = ranked[0], ranked[1], ranked[-1]
+    if form == "pairs":
+        scores = {"chosen_score": score(best), "rejected_score": score(worst)}
+        return {"prompt": prompt, "chosen": best, "rejected": worst, **scores, "golden": number % 2}
+    if form == "triples":
+        return {"prompt": prompt, "gold": best, "chosen": second, "rejected": worst}
+    if form == "singles":
+        return {"prompt": prompt, "completion": worst if number % 2 else best, "label": number % 2 == 0}
+    if form == "lists":
+        some = ranked[: 2 + number % 3]
+        scores = [score(chain) for chain in some]
+        return {"prompt": prompt, "completions": some, "scores": scores, "is_adversarial": int(number % 3 == 0)}
+    raise ValueError(f"the digit world has no rows of {form!r}; there are pairs, triples, singles and lists")

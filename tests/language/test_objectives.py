@@ -10,9 +10,10 @@ from test_score import both_layouts, score
 from toy_model import ragged_examples, toy_model, toy_variables
 
 from dpo_jax.language.methods import dpo_loss, reference_free_loss, sft_loss, wpo_loss
-from dpo_jax.language.objectives import column_names, loss_needs, needs_reference, origin
+from dpo_jax.language.objectives import column_names, form_of, loss_needs, needs_reference, origin
 from dpo_jax.language.objectives import from_loss as from_loss_eagerly
 from dpo_jax.language.score import completion_mask
+from dpo_jax.language.types import COMPLETIONS
 from dpo_jax.types import LossOutput
 
 POLICY, REFERENCE = partial(toy_model, toy_variables(0)), partial(toy_model, toy_variables(1))
@@ -151,3 +152,86 @@ def test_what_is_missing_is_named():
 )
 def test_origins(name, expected):
     assert origin(name) == expected
+
+
+def named(names, **hyper):
+    """A loss that asks for the arrays of the given names and shows their sums."""
+    words = ", ".join(names)
+    shown = ", ".join(f"{name!r}: jnp.sum({name}.reshape({name}.shape[0], -1), -1)" for name in names)
+    space = {"jnp": jnp, "LossOutput": LossOutput}
+    exec(
+        f"def loss(*, {words}):\n    shown = {{{shown}}}\n    return LossOutput(0 * shown[{names[0]!r}], shown)", space
+    )
+    return space["loss"]
+
+
+@pytest.mark.parametrize(
+    ("names", "form"),
+    [
+        (("policy_chosen_logps", "rejected_mask"), "pairs"),
+        (("policy_chosen_logps", "gold_mask"), "triples"),
+        (("policy_completion_logps", "completion_mask", "labels"), "singles"),
+        (("labels",), "singles"),
+        (("policy_completion_logps", "reference_mismatched_logps"), "mismatched"),
+        (("policy_chosen_logps", "policy_rejected_given_chosen_logps"), "revisions"),
+        (("policy_logps", "mask", "scores"), "lists"),
+        (("policy_chosen_reward", "policy_rejected_reward"), "pairs"),
+        (("policy_reward", "mask"), "lists"),
+        (("chosen_score",), "pairs"),
+        (("guidance_rejected_logps",), "pairs"),
+    ],
+)
+def test_names_of_completions_tell_the_form_of_the_rows(names, form):
+    assert form_of(named(names)) == form
+
+
+@pytest.mark.parametrize("form", [form for form, names in COMPLETIONS.items() if names])
+def test_every_named_completion_is_the_one_at_its_place(form):
+    names = COMPLETIONS[form]
+    batch = pair_batch(completions=len(names))
+    asked = [f"policy_{name}_logps" for name in names] + [f"{name}_mask" for name in names]
+    shown = from_loss(named(asked))(POLICY, None, batch, KEY).metrics
+    logps, mask = score(POLICY, batch)["logps"], completion_mask(batch)
+    for k, name in enumerate(names):
+        np.testing.assert_allclose(shown[f"policy_{name}_logps"], logps[:, k].sum(-1), rtol=1e-5)
+        np.testing.assert_allclose(shown[f"{name}_mask"], mask[:, k].sum(-1))
+
+
+def test_columns_of_all_completions_serve_each_of_them():
+    batch = pair_batch()
+    shape = batch.slots.shape[:4]
+    rng = np.random.default_rng(0)
+    columns = {
+        "guidance_logps": rng.normal(size=shape).astype(np.float32),
+        "step_ids": rng.integers(0, 3, shape).astype(np.int32),
+    }
+    batch = type(batch)(**{**vars(batch), "columns": columns})
+    loss = named(("guidance_chosen_logps", "guidance_rejected_logps", "rejected_step_ids", "policy_chosen_logps"))
+    assert column_names(loss) == ("guidance_chosen_logps", "guidance_rejected_logps", "rejected_step_ids")
+    shown = from_loss(loss)(POLICY, None, batch, KEY).metrics
+    whole = columns["guidance_logps"].reshape(-1, *shape[2:])
+    np.testing.assert_allclose(shown["guidance_chosen_logps"], whole[:, 0].sum(-1), rtol=1e-5)
+    np.testing.assert_allclose(shown["guidance_rejected_logps"], whole[:, 1].sum(-1), rtol=1e-5)
+    np.testing.assert_array_equal(shown["rejected_step_ids"], columns["step_ids"].reshape(-1, *shape[2:])[:, 1].sum(-1))
+
+
+def test_a_reward_model_speaks_at_the_last_token():
+    variables = {**toy_variables(0), "head": toy_variables(0)["head"][:1]}
+    examples = ragged_examples(5, completions=2)
+    for batch in both_layouts(examples)[1:]:
+        shown = from_loss(named(("policy_chosen_reward", "policy_rejected_reward", "policy_reward")))(
+            partial(toy_model, variables), None, batch, KEY
+        ).metrics
+        there = np.asarray(batch.weight).reshape(-1) > 0
+        assert not np.any(np.asarray(shown["policy_reward"])[~there])
+        found = np.stack([shown["policy_chosen_reward"], shown["policy_rejected_reward"]], 1)
+        expected = []
+        for example in examples:
+            for ids in example.completions:
+                path = jnp.asarray(np.concatenate([example.prompt, ids]))[None]
+                length = path.shape[1]
+                answer = toy_model(variables, path, jnp.arange(length)[None], jnp.full((1, length), length))
+                expected.append(float(answer.hidden[0, -1] @ variables["head"][0]))
+        np.testing.assert_allclose(sorted(found[there].reshape(-1)), sorted(expected), rtol=1e-4, atol=1e-5)
+        with pytest.raises(ValueError, match="reward head"):
+            from_loss(named(("policy_reward",)))(POLICY, None, batch, KEY)

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpo_jax.language.data.rows import check_rows
 from dpo_jax.worlds import digits
 
 PROMPTS = st.text("0123456789", min_size=6, max_size=6)
@@ -71,3 +72,25 @@ def test_tokenizer_agrees_with_the_worlds_own_ids(tmp_path):
     np.testing.assert_array_equal(again("14;48;", add_special_tokens=False)["input_ids"], digits.encode("14;48;"))
     assert again.decode(digits.encode("14;48;")) == "14;48;"
     assert (again.eos_token_id, again.pad_token_id) == (digits.EOS, digits.PAD)
+
+
+@pytest.mark.parametrize("form", ["pairs", "triples", "singles", "lists"])
+def test_rows_are_of_their_form_and_in_order(form):
+    rows = digits.make_rows(form, 30, seed=1)
+    assert rows == digits.make_rows(form, 30, seed=1) != digits.make_rows(form, 30, seed=2)
+    read = check_rows(rows).rows
+    assert {row.form for row in read} == {form}
+    for row, given_row in zip(read, rows):
+        verdicts = [digits.judge(row.prompt, chain) for chain in row.completions]
+        if form == "singles":
+            assert verdicts[0].final_correct or not given_row["label"]
+        if form == "lists":
+            scores = row.columns["scores"]
+            assert scores == sorted(scores, reverse=True) and (scores[0] == 1.0) == verdicts[0].final_correct
+        if form == "pairs":
+            assert verdicts[0].first_error_step is None and verdicts[1].first_error_step is not None
+            assert row.columns["chosen_score"] > row.columns["rejected_score"]
+        if form == "triples":
+            assert verdicts[2].first_error_step is None
+    with pytest.raises(ValueError, match="no rows of 'trees'"):
+        digits.make_rows("trees", 1, seed=0)

@@ -188,9 +188,13 @@ def _messages_of(row: PreferenceRow, tokenizer: Any, chat_template: ChatTemplate
 
 def _render(row: PreferenceRow, tokenizer: Any, messages: tuple[Message, ...]) -> tuple[str, list[str], list[str]]:
     """Text of the prompt, of each completion, and of each context, under the chat template."""
-    strip = isinstance(row.prompt, str)  # an HH completion begins with the blank that follows "Assistant:"
-    turns = [{"role": "assistant", "content": c.strip() if strip else c} for c in row.completions]
-    asked = [[*messages, *context] for context in row.contexts] or [list(messages)] * len(turns)
+
+    def trimmed(text: str) -> str:
+        return text.strip() if isinstance(row.prompt, str) else text  # HH text begins with the blank after "Assistant:"
+
+    turns = [{"role": "assistant", "content": trimmed(c)} for c in row.completions]
+    between = [[{**m, "content": trimmed(m["content"])} for m in context] for context in row.contexts]
+    asked = [[*messages, *context] for context in between] or [list(messages)] * len(turns)
     full = [[*before, turn] for before, turn in zip(asked, turns)]
     try:
         prompt = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
@@ -211,12 +215,20 @@ def _texts(row: PreferenceRow, tokenizer: Any, chat_template: ChatTemplate) -> t
     """Text of the prompt (with the beginning of the answer that is given), of the completions, of the contexts."""
     messages = _messages_of(row, tokenizer, chat_template)
     if messages is None:
-        return str(row.prompt) + row.prefix, list(row.completions), [str(context) for context in row.contexts]
+        return str(row.prompt) + row.prefix, list(row.completions), [_plain(c, row.prompt) for c in row.contexts]
     prompt, completions, contexts = _render(row, tokenizer, messages)
     if row.prefix:
         # Steps go on inside the answer: what the template writes around a whole answer has no place there.
         return prompt + row.prefix, list(row.completions), contexts
     return prompt, completions, contexts
+
+
+def _plain(context: tuple[Message, ...], prompt: Any) -> str:
+    """Turns after a text prompt as text: dialogues go on as they are written, other texts in paragraphs."""
+    human, assistant = ("\n\n", "\n\n")
+    if dialogue_messages(prompt) is not None:
+        human, assistant = HUMAN_TURN + " ", ASSISTANT_TURN
+    return "".join(m["content"] if m["role"] == "assistant" else human + m["content"] + assistant for m in context)
 
 
 class _Tokens(NamedTuple):

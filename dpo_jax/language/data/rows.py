@@ -56,7 +56,8 @@ class PreferenceRow:
       file, number: where the row was read; the number counts lines from 1.
       form: what the completions are.
       prefix: beginning of the answer that all completions go on from; they are then steps, without an end of text.
-      contexts: for each completion what stands between prompt and completion, of the prompt's kind; () if nothing does.
+      contexts: for each completion the messages that stand between prompt and completion, an earlier answer and what
+        is said to it; () if no completion has any.
     """
 
     prompt: Prompt
@@ -66,7 +67,7 @@ class PreferenceRow:
     number: int = 0
     form: Form = "pairs"
     prefix: str = ""
-    contexts: tuple[Prompt, ...] = ()
+    contexts: tuple[tuple[Message, ...], ...] = ()
 
 
 class SkippedRow(NamedTuple):

@@ -66,6 +66,7 @@ class DecoderConfig:
       norm_epsilon: of the RMS norms.
       rope: rotary positions.
       tie_embeddings: the head is the embedding.
+      reward: the head is one row that makes a number of the last hidden state, instead of the vocabulary's.
       attention_bias, mlp_bias: biases in the projections.
       initializer_range: standard deviation of random kernels and embeddings.
       dtype: type of the computation; norms, rotations, softmax and log-probs are float32.
@@ -83,6 +84,7 @@ class DecoderConfig:
     norm_epsilon: float = 1e-5
     rope: RopeConfig = field(default_factory=RopeConfig)
     tie_embeddings: bool = False
+    reward: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
     initializer_range: float = 0.02
@@ -226,6 +228,14 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(_normal(rngs.params(), shape, config))
 
 
+class RewardHead(nnx.Module):
+    """One row [1, D] that makes a reward of a hidden state; its start is that of Ouyang et al. 2022."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        row = jax.random.normal(rngs.params(), (1, config.hidden_size), jnp.float32)
+        self.weight = nnx.Param((row / math.sqrt(config.hidden_size + 1)).astype(config.param_dtype))
+
+
 _REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -245,7 +255,8 @@ class Decoder(nnx.Module):
         self.embed = Embedding(config, rngs=rngs)
         self.layers = stacked(rngs)
         self.norm = Norm(config.hidden_size, config=config)
-        self.head = None if config.tie_embeddings else Embedding(config, rngs=rngs)
+        self.head = None if config.tie_embeddings or config.reward else Embedding(config, rngs=rngs)
+        self.score = RewardHead(config, rngs=rngs) if config.reward else None
 
     def __call__(self, tokens: Array, positions: Array, subtree_end: Array) -> Prediction:
         """Hidden states of rows of prefix trees.
@@ -254,7 +265,7 @@ class Decoder(nnx.Module):
           tokens, positions, subtree_end: int32 [R, L].
 
         Returns:
-          hidden [R, L, D] in the compute dtype, head [V, D] in the parameters' dtype.
+          hidden [R, L, D] in the compute dtype, head [V, D] (of a reward model [1, D]) in the parameters' dtype.
         """
         attend = partial(attention, subtree_end=subtree_end, positions=positions)
         hidden, _ = self._run(tokens, positions, lambda query, key, value, _: (attend(query, key, value), None), None)
@@ -313,6 +324,8 @@ class Decoder(nnx.Module):
         return self.norm(x), cache
 
     def _predict(self, hidden: Array) -> Prediction:
+        if self.score is not None:
+            return Prediction(hidden, self.score.weight[...])
         table = self.embed if self.head is None else self.head
         return Prediction(hidden, table.embedding[...])
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from dpo_jax.language.models.decoder import DecoderConfig, RopeConfig
 
-ARCHITECTURES = ("LlamaForCausalLM",)
+# Architecture -> whether it is a reward model.
+ARCHITECTURES = {"LlamaForCausalLM": False, "LlamaForSequenceClassification": True}
 
 
 class WeightsError(ValueError):
@@ -23,7 +24,9 @@ def config_from_hf(config: Mapping[str, Any], *, place: str = "config.json") -> 
       WeightsError: an architecture or a feature that the decoder does not have, or a key that is missing or wrong.
     """
     names = config.get("architectures") or []
-    if not (isinstance(names, list) and any(isinstance(name, str) and name in ARCHITECTURES for name in names)):
+    names = names if isinstance(names, list) else [names]
+    known = [name for name in names if isinstance(name, str) and name in ARCHITECTURES]
+    if not known:
         raise WeightsError(f"{place}: architecture {names or 'not given'}; there is {', '.join(ARCHITECTURES)}")
     keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     if missing := [key for key in keys if config.get(key) is None]:
@@ -52,10 +55,19 @@ def config_from_hf(config: Mapping[str, Any], *, place: str = "config.json") -> 
         norm_epsilon=_number(config, place, "rms_norm_eps", 1e-6),
         rope=_rope_from_hf(config, place),
         tie_embeddings=flag("tie_word_embeddings", False),
+        reward=_is_reward(config, place, known[0]),
         attention_bias=flag("attention_bias", False),
         mlp_bias=flag("mlp_bias", False),
         initializer_range=_number(config, place, "initializer_range", 0.02),
     )
+
+
+def _is_reward(config: Mapping[str, Any], place: str, architecture: str) -> bool:
+    labels = config.get("id2label")
+    count = len(labels) if isinstance(labels, Mapping) else config.get("num_labels", 2)
+    if ARCHITECTURES[architecture] and count != 1:
+        raise WeightsError(f"{place}: {architecture} with {count} labels; a reward model has one")
+    return ARCHITECTURES[architecture]
 
 
 def _integer(config: Mapping[str, Any], place: str, key: str, default: int | None = None) -> int:
@@ -149,8 +161,10 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
     if config.rope.kind == "yarn":
         names = ("beta_fast", "beta_slow", "attention_factor", "truncate")
         rope |= {name: getattr(config.rope, name) for name in names}
+    labels = {"id2label": {"0": "reward"}, "label2id": {"reward": 0}} if config.reward else {}
     return {
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": [next(name for name, reward in ARCHITECTURES.items() if reward == config.reward)],
+        **labels,
         "model_type": "llama",
         "vocab_size": config.vocabulary_size,
         "hidden_size": config.hidden_size,

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from dpo_jax.language.models.decoder import RULES, DecoderConfig, abstract_variables
+from dpo_jax.language.models.decoder import RULES, DecoderConfig, abstract_variables, init_variables
 from dpo_jax.language.models.folder import WeightsError, config_from_hf, config_to_hf, local_folder, read_config
 from dpo_jax.sharding import Rules, make_mesh, spec_for
 from dpo_jax.tree import map_named, named_leaves
@@ -46,6 +46,7 @@ class Place(NamedTuple):
 LLAMA = {
     "embed/embedding": Place("model.embed_tokens.weight"),
     "head/embedding": Place("lm_head.weight"),
+    "score/weight": Place("score.weight"),
     "norm/scale": Place("model.norm.weight"),
     "layers/attention_norm/scale": Place("model.layers.{layer}.input_layernorm.weight"),
     "layers/feed_forward_norm/scale": Place("model.layers.{layer}.post_attention_layernorm.weight"),
@@ -104,7 +105,9 @@ def _check_tensors(
         wanted |= {name: shape for name in tensor_names(path, config)}
     missing = sorted(wanted.keys() - shapes.keys())
     surplus = sorted(name for name in shapes.keys() - wanted.keys() if not _IGNORED.search(name))
-    if config.tie_embeddings:
+    if starts_reward(config, shapes):
+        missing = [name for name in missing if name != LLAMA["score/weight"].name]
+    if config.tie_embeddings or config.reward:
         surplus = [name for name in surplus if name != LLAMA["head/embedding"].name]
     wrong = [
         f"{n} is {list(shapes[n])}, expected {list(s)}" for n, s in wanted.items() if n in shapes and shapes[n] != s
@@ -119,6 +122,11 @@ def _check_tensors(
         raise WeightsError(f"{folder}: the tensors do not fit config.json; {'; '.join(parts)}")
 
 
+def starts_reward(config: DecoderConfig, names: Container[str]) -> bool:
+    """Whether a reward model begins as a language model: its head is then new, and the vocabulary's is left aside."""
+    return config.reward and LLAMA["score/weight"].name not in names
+
+
 def load_hf(
     model: str | Path,
     *,
@@ -130,7 +138,8 @@ def load_hf(
 
     Args:
       model: folder or hub id.
-      config: how it shall run (dtypes, remat); its shape is that of config.json. By default float32.
+      config: how it shall run (dtypes, remat); its shape is that of config.json. By default float32. With `reward` a
+        language model gets a new reward head, the same in every call.
       mesh: by default the first device alone.
       rules: of the layout.
 
@@ -163,6 +172,9 @@ def load_hf(
         def read(path: str, leaf: jax.ShapeDtypeStruct) -> Array:
             spec = spec_for(path, leaf.shape, rules, mesh)
             names, transposed = tensor_names(path, config), LLAMA[path].transposed
+            if names[0] not in slices:
+                new = jax.jit(lambda: init_variables(config, jax.random.key(0))["score"]["weight"])
+                return jax.device_put(new(), NamedSharding(mesh, spec))
             if not path.startswith("layers/"):
                 return _read_tensor(slices[names[0]], leaf.shape, leaf.dtype, NamedSharding(mesh, spec), transposed)
             whole, one = NamedSharding(mesh, spec), NamedSharding(mesh, PartitionSpec(*spec[1:]))

@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from dpo_jax.language.data.encode import EncodeReport, dialogue_messages, encode_rows, is_per_token
+from dpo_jax.language.data.forms import to_form
 from dpo_jax.language.data.rows import PreferenceRow, RowError, check_rows
 
 CHATML = (
@@ -280,3 +281,77 @@ def test_which_columns_run_over_tokens():
     assert is_per_token("any", np.zeros((2, 5)), 2) and not is_per_token("any", np.zeros((3, 5)), 2)
     assert is_per_token("chosen_step_ids", np.zeros(5), 2) and not is_per_token("scores", np.zeros(5), 2)
     assert not is_per_token("chosen_score", np.zeros(()), 2)
+
+
+def plain_text(ids, tokenizer=TOKENIZERS["eos_is_pad"]):
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_short_lists_are_filled_with_absent_items():
+    rows = rows_of(
+        {
+            "prompt": "p",
+            "completions": ["a", "bb", "ccc"],
+            "scores": [3, 2, 1],
+            "gains": [[1, 1.5], [2, 2, 2], [3, 3, 3]],
+        },
+        {"prompt": "q", "completions": ["dd"], "scores": [0.5], "gains": [[4, 4]]},
+    )
+    examples, _ = encode_rows(rows, TOKENIZERS["eos_is_pad"])
+    assert [[len(c) for c in e.completions] for e in examples] == [[2, 3, 4], [3, 0, 0]]
+    assert examples[1].columns["scores"].tolist() == [0.5, 0, 0]
+    assert examples[1].columns["gains"].tolist() == [[4, 4, 0], [0, 0, 0], [0, 0, 0]]
+
+
+def test_steps_are_numbered_and_their_texts_kept():
+    row = {"prompt": "p", "chosen": "ab;c;", "rejected": "xyz"}
+    example = encode_rows(rows_of(row), TOKENIZERS["eos_is_pad"], step_delimiter=";")[0][0]
+    assert example.columns["step_ids"].tolist() == [[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, -1, -1]]
+    assert plain_text(example.completions[0]) == "ab;c;"
+    cut = encode_rows(rows_of(row), TOKENIZERS["eos_is_pad"], step_delimiter=";", max_length=4, max_prompt_length=2)
+    assert cut[0][0].columns["step_ids"].tolist() == [[0, 0, 0], [0, 0, 0]]
+    with pytest.raises(ValueError, match="step_delimiter is empty"):
+        encode_rows(rows_of(row), TOKENIZERS["eos_is_pad"], step_delimiter="")
+
+
+@with_every_tokenizer
+def test_steps_after_a_prefix_do_not_end_the_answer(tokenizer):
+    whole = encode_one({"prompt": "p", "chosen": "ab", "rejected": "xyz"}, tokenizer)
+    step = encode_one({"prompt": "p", "prefix": "Step 1:", "chosen": "ab", "rejected": "xyz"}, tokenizer)
+    assert plain_text(step.prompt, tokenizer).endswith("Step 1:")
+    for given_whole, ids in zip(whole.completions, step.completions):
+        assert tokenizer.eos_token_id not in ids.tolist()
+        assert ids.tolist() == given_whole[: len(ids)].tolist() and plain_text(ids, tokenizer) in ("ab", "xyz")
+
+
+def revised(row, tokenizer, **options):
+    rows = to_form(rows_of(row), "revisions", revision_instruction="Better?").rows
+    return encode_rows(rows, tokenizer, **options)
+
+
+def test_contexts_stand_between_prompt_and_completion():
+    plain = revised({"prompt": "p", "chosen": "ab", "rejected": "xyz"}, TOKENIZERS["eos_is_pad"])[0][0]
+    assert [plain_text(c) for c in plain.contexts] == ["", "", *["ab\n\nBetter?\n\n"] * 2, *["xyz\n\nBetter?\n\n"] * 2]
+    assert [plain_text(c) for c in plain.completions] == ["ab", "xyz"] * 3
+    chat = {"prompt": [{"role": "user", "content": "u"}], "chosen": "ab", "rejected": "xyz"}
+    example = revised(chat, TOKENIZERS["template_with_bos"])[0][0]
+    tokenizer = TOKENIZERS["template_with_bos"]
+    assert tokenizer.decode(example.contexts[2]) == "ab</s>[user]Better?[assistant]"
+    assert tokenizer.decode(np.concatenate([example.prompt, example.branches()[5]])) == (
+        "<s>[user]u[assistant]xyz</s>[user]Better?[assistant]xyz</s>"
+    )
+    dialogue = revised(
+        {"chosen": "\n\nHuman: u\n\nAssistant: a", "rejected": "\n\nHuman: u\n\nAssistant: b"},
+        TOKENIZERS["eos_is_pad"],
+    )[0][0]
+    assert plain_text(dialogue.contexts[2]) == " a\n\nHuman: Better?\n\nAssistant:"
+
+
+def test_a_context_is_never_cut():
+    row = {"prompt": "p" * 10, "chosen": "ab", "rejected": "xyz"}
+    whole = revised(row, TOKENIZERS["eos_is_pad"])[0][0]
+    longest = max(map(len, whole.branches()))
+    fits, _ = revised(row, TOKENIZERS["eos_is_pad"], max_length=longest + 2, max_prompt_length=2)
+    assert len(fits[0].prompt) == 2 and [c.tolist() for c in fits[0].contexts] == [c.tolist() for c in whole.contexts]
+    none, report = revised(row, TOKENIZERS["eos_is_pad"], max_length=len(whole.contexts[4]) + 2, max_prompt_length=2)
+    assert not none and report.too_long == 1

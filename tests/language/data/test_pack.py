@@ -12,9 +12,10 @@ from dpo_jax.language.data.pack import Layout, example_lengths, fill_rate, pack_
 from dpo_jax.language.types import IGNORE, Example
 
 
-def make_example(random, prompt, completions, columns=None):
+def make_example(random, prompt, completions, columns=None, contexts=()):
     ids = [random.integers(0, 50, n).astype(np.int32) for n in (prompt, *completions)]
-    return Example(ids[0], tuple(ids[1:]), columns or {})
+    before = tuple(random.integers(0, 50, n).astype(np.int32) for n in contexts)
+    return Example(ids[0], tuple(ids[1:]), columns or {}, before)
 
 
 def visible(subtree_end):
@@ -28,7 +29,7 @@ def visible_by_segments(row, length):
     segment, branch = np.zeros(length, int), np.zeros(length, int)
     at = 0
     for number, example in enumerate(row, 1):
-        for part, ids in enumerate([example.prompt, *example.completions]):
+        for part, ids in enumerate([example.prompt, *example.branches()]):
             segment[at : at + len(ids)], branch[at : at + len(ids)] = number, part
             at += len(ids)
     q, k = np.arange(length)[:, None], np.arange(length)[None]
@@ -42,9 +43,9 @@ def tight_layout(assignment, *, padded=False):
     lengths = example_lengths(every)
     longest = int(lengths.completions.max())
     if padded:
-        segment = int((lengths.prompt + lengths.completions.max(1)).max())
+        segment = int((lengths.prompt + lengths.branches.max(1)).max())
         return Layout(len(assignment), completions * segment, completions * longest, 1, completions, longest)
-    totals = [sum(len(e.prompt) + sum(map(len, e.completions)) for e in row) for row in assignment]
+    totals = [sum(len(e.prompt) + sum(map(len, e.branches())) for e in row) for row in assignment]
     predicted = [sum(sum(map(len, e.completions)) for e in row) for row in assignment]
     return Layout(len(assignment), max(totals), max(predicted), max(map(len, assignment)), completions, longest)
 
@@ -76,10 +77,13 @@ def assert_holds(batch, assignment):
             for k, completion in enumerate(example.completions):
                 paths, target = found.pop((r, e, k))
                 np.testing.assert_array_equal(target, completion)
-                whole = np.concatenate([example.prompt, completion])
+                whole = np.concatenate([example.prompt, example.branches()[k]])
+                start = len(whole) - len(completion)
                 for i, (tokens, positions) in enumerate(paths):
-                    np.testing.assert_array_equal(tokens, whole[: len(example.prompt) + i])
-                    np.testing.assert_array_equal(positions, np.arange(len(example.prompt) + i))
+                    np.testing.assert_array_equal(tokens, whole[: start + i])
+                    np.testing.assert_array_equal(positions, np.arange(start + i))
+                end = batch.ends[r, e, k]
+                assert (end >= 0) == (len(completion) > 0) and (end < 0 or batch.tokens[r, end] == completion[-1])
     assert not found
     real = sum(map(len, (c for row in assignment for e in row for c in e.completions)))
     assert (batch.slots >= 0).sum() == real == (batch.target != IGNORE).sum()
@@ -90,8 +94,16 @@ def assignments(draw, most_in_row=3):
     seed, completions = draw(st.integers(0, 2**32)), draw(st.integers(1, 3))
     random = np.random.default_rng(seed)
     shape = draw(st.lists(st.integers(0, most_in_row), min_size=1, max_size=3).filter(any))
-    lengths = st.lists(st.integers(1, 6), min_size=completions, max_size=completions)
-    return [[make_example(random, draw(st.integers(1, 7)), draw(lengths)) for _ in range(n)] for n in shape]
+    # A length of zero is an absent item of a list; contexts stand before all completions or before none.
+    lengths = st.lists(st.integers(0, 6), min_size=completions, max_size=completions).filter(any)
+    contexts = st.lists(st.integers(0, 4), min_size=completions, max_size=completions) if draw(st.booleans()) else None
+
+    def example():
+        return make_example(
+            random, draw(st.integers(1, 7)), draw(lengths), contexts=draw(contexts) if contexts is not None else ()
+        )
+
+    return [[example() for _ in range(n)] for n in shape]
 
 
 @settings(max_examples=60, deadline=None)
@@ -110,7 +122,7 @@ def test_packed_rows_hold_the_examples(assignment, spare):
     for each in (batch, padded):
         assert_holds(each, assignment)
     # Room that is not needed changes nothing in what is.
-    for name in ("tokens", "positions", "subtree_end", "source", "target", "slots", "weight"):
+    for name in ("tokens", "positions", "subtree_end", "source", "target", "slots", "ends", "weight"):
         small, large = getattr(batch, name), getattr(padded, name)
         np.testing.assert_array_equal(small, large[tuple(slice(n) for n in small.shape)])
     assert (padded.target == IGNORE).sum() == padded.target.size - (batch.target != IGNORE).sum()

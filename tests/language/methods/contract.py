@@ -45,6 +45,8 @@ COLUMNS: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
     "rejected_win_prob": _shares(),
     "label_prob": _shares(),
     "margin": _numbers(),
+    "prob_desirable": _shares(),
+    "step_similarity": lambda rng: rng.uniform(-1.0, 1.0, (B, K, K, 3)),
     "calibration": lambda rng: rng.gamma(2.0, 0.5, B),
     "semantic_distance": lambda rng: rng.uniform(0.0, 2.0, B),
     "is_adversarial": lambda rng: (np.arange(B) % 3 == 0).astype(np.int32),
@@ -71,7 +73,7 @@ def find_losses() -> dict[str, Loss]:
 def array_names(loss: Loss) -> list[str]:
     """Arguments without a default: the arrays that a loss asks for."""
     parameters = inspect.signature(loss).parameters.values()
-    return [p.name for p in parameters if p.default is p.empty and p.name != "loss_state"]
+    return [p.name for p in parameters if p.default is p.empty and p.name not in ("loss_state", "key")]
 
 
 def options(loss: Loss) -> dict[str, inspect.Parameter]:
@@ -160,9 +162,15 @@ def make_inputs(loss: Loss, *, masks: Callable = ragged, policy: Callable = ordi
 
 
 def state_of(loss: Loss) -> dict:
-    if "loss_state" not in inspect.signature(loss).parameters:
-        return {}
-    return {"loss_state": getattr(sys.modules[loss.__module__], loss.__name__.removesuffix("_loss") + "_state")()}
+    """What a loss takes that is neither array nor option: its state before the first step, a random key."""
+    names = inspect.signature(loss).parameters
+    special = {}
+    if "loss_state" in names:
+        state = getattr(sys.modules[loss.__module__], loss.__name__.removesuffix("_loss") + "_state")
+        special["loss_state"] = state()
+    if "key" in names:
+        special["key"] = jax.random.key(0)
+    return special
 
 
 @functools.cache
@@ -320,6 +328,8 @@ def check_constants(loss: Loss) -> None:
     for name, value in gradient.items():
         frozen = name.startswith(("reference_", "guidance_", "contrastive_")) or name in COLUMNS
         if frozen or name.endswith(("mask", "_collision")):
+            assert (value == 0).all(), f"gradient flows into {name}"
+        elif name == "policy_mismatched_logps":  # KTO's reference point, which the paper does not differentiate
             assert (value == 0).all(), f"gradient flows into {name}"
         elif name.startswith("policy_") and name.endswith(("_logps", "_reward")):
             assert (value != 0).any(), f"no gradient reaches {name}"

@@ -24,6 +24,13 @@ def completions(names: tuple[str, ...], *, reference: bool, seed: int = 0, rows:
     return arrays
 
 
+def one_token(chosen, rejected) -> dict[str, Any]:
+    """Float32 pairs of single tokens with these log-probabilities."""
+    chosen, rejected = (jnp.atleast_1d(jnp.asarray(x, jnp.float32))[:, None] for x in (chosen, rejected))
+    ones = jnp.ones_like(chosen)
+    return dict(policy_chosen_logps=chosen, policy_rejected_logps=rejected, chosen_mask=ones, rejected_mask=ones)
+
+
 def total(arrays: Arrays, name: str) -> np.ndarray:
     """Sum of the policy's log-probabilities over the tokens of one completion, [B]."""
     return (arrays[f"policy_{name}_logps"] * arrays[f"{name}_mask"]).sum(-1)

@@ -1,13 +1,11 @@
 """ORPO against float64 NumPy written from the formula, and the properties of its penalty."""
 
 import functools
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from numeric import assert_formula, completions, float32, gradients, mean, sigmoid, softplus, total
+from numeric import assert_formula, completions, float32, gradients, mean, one_token, sigmoid, softplus, total
 
 from dpo_jax.language.methods.orpo import orpo_loss, orpo_token_mean_loss
 
@@ -16,13 +14,6 @@ SIDES = ("chosen", "rejected")
 
 def pairs(seed=0):
     return completions(SIDES, reference=False, seed=seed)
-
-
-def one_token(chosen, rejected) -> dict[str, Any]:
-    """Pairs of single tokens with these log-probabilities."""
-    chosen, rejected = (jnp.atleast_1d(jnp.asarray(x, jnp.float32))[:, None] for x in (chosen, rejected))
-    ones = jnp.ones_like(chosen)
-    return dict(policy_chosen_logps=chosen, policy_rejected_logps=rejected, chosen_mask=ones, rejected_mask=ones)
 
 
 def odds(m):

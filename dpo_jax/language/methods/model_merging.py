@@ -26,7 +26,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.ops import require_between
+from dpo_jax.ops import require_between, safe_divide
 from dpo_jax.types import Array, PyTree
 
 
@@ -272,16 +272,22 @@ def _slerp_weights(a: Sequence[Array], b: Sequence[Array], t: float, threshold: 
         raise ValueError(
             f"threshold is {threshold}; give a number in [0, 1): an angle of zero has no sine to divide by"
         )
-    squares = [sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in side) for side in (a, b)]
-    dot = sum(jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32)) for x, y in zip(a, b))
-    norms = jnp.sqrt(squares[0]) * jnp.sqrt(squares[1])
-    cosine = jnp.where(norms > 0, dot / jnp.where(norms > 0, norms, 1.0), 0.0)
+    a, b = (_unit_peak(side) for side in (a, b))
+    squares = [sum(jnp.sum(jnp.square(x)) for x in side) for side in (a, b)]
+    dot = sum(jnp.sum(x * y) for x, y in zip(a, b))
+    cosine = safe_divide(jnp.asarray(dot), jnp.sqrt(squares[0] * squares[1]))
     straight = jnp.abs(cosine) > threshold
     angle = jnp.arccos(jnp.where(straight, 0.0, cosine))
     return (
         jnp.where(straight, 1 - t, jnp.sin((1 - t) * angle) / jnp.sin(angle)),
         jnp.where(straight, t, jnp.sin(t * angle) / jnp.sin(angle)),
     )
+
+
+def _unit_peak(leaves: Sequence[Array]) -> list[Array]:
+    """In float32, with 1 as the largest magnitude of all: squares of very small or large ones would leave float32."""
+    peak = jnp.max(jnp.stack([jnp.max(jnp.abs(x.astype(jnp.float32)), initial=0.0) for x in leaves]))
+    return [safe_divide(x.astype(jnp.float32), peak) for x in leaves]
 
 
 def _mix(a: Array, b: Array, weights: tuple[Array, Array]) -> Array:

@@ -98,8 +98,7 @@ def select_pairs(gap: Array, there: Array, state: BetaDpoState, key: Array, *, f
         raise ValueError(f"filter_ratio is {filter_ratio}; give a share in [0, 1)")
     gap = jax.lax.stop_gradient(gap.astype(jnp.float32))
     log_weight = -0.5 * jnp.square((gap - state.gap_mean) / (state.gap_std + STD_FLOOR))
-    # A key of its own for each place: rows get the same noise whatever the size of the batch around them.
-    noise = jax.vmap(lambda place: jax.random.gumbel(jax.random.fold_in(key, place)))(jnp.arange(gap.shape[0]))
+    noise = jax.random.gumbel(key, gap.shape, jnp.float32)
     score = jnp.maximum(log_weight, jnp.finfo(jnp.float32).min / 2) + noise
     # One part in a million more, lest 10 * (1 - 0.9) falls below 1 by rounding.
     kept = jnp.floor(jnp.sum(there != 0) * (1 - filter_ratio) * (1 + 1e-6))

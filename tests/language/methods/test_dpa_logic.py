@@ -55,22 +55,21 @@ def log_formula(code, beta, arrays):
     return softplus(-beta * rho(code, np.stack([mean(arrays, "chosen"), mean(arrays, "rejected")])))
 
 
+def ratio(w, l, code):
+    structure, log_probs = PreferenceStructure.from_code(code), {"w": w, "l": l}
+    return log_wmc(structure.top, log_probs) - log_wmc(structure.bottom, log_probs)
+
+
 @functools.cache
 def all_ratios():
     """rho [225, 40], its gradients by log p_w and log p_l, and the [2, 40] log-probabilities they are taken at."""
     log_probs = np.log(np.random.default_rng(3).uniform(0.02, 0.98, (2, 40)))
-
-    def ratios(w, l):
-        tables = [PreferenceStructure.from_code(code) for code in SATISFIABLE]
-        values = {"w": w, "l": l}
-        return jnp.stack([log_wmc(s.top, values) - log_wmc(s.bottom, values) for s in tables])
-
-    w, l = jnp.asarray(log_probs, jnp.float32)
-    ones = (jnp.ones_like(w), jnp.zeros_like(w))
+    out = []
     # Not compiled: a graph of 225 ratios takes XLA longer than all the operations one by one.
-    value, by_w = jax.jvp(ratios, (w, l), ones)
-    _, by_l = jax.jvp(ratios, (w, l), ones[::-1])
-    return np.asarray(value), np.asarray(by_w), np.asarray(by_l), log_probs
+    for code in SATISFIABLE:
+        value, pull = jax.vjp(functools.partial(ratio, code=code), *jnp.asarray(log_probs, jnp.float32))
+        out.append((value, *pull(jnp.ones_like(value))))
+    return *map(np.array, zip(*out)), log_probs
 
 
 def test_all_225_ratios_are_the_logs_of_weighted_sums():
@@ -98,7 +97,8 @@ def test_swapping_top_and_bottom_negates_the_ratio():
 def test_a_code_with_equal_sides_is_constant():
     value, by_w, by_l, _ = all_ratios()
     for number in (n for n, code in enumerate(SATISFIABLE) if set(code) <= set("X-")):
-        assert (value[number] == 0).all() and (by_w[number] == 0).all() and (by_l[number] == 0).all()
+        assert (value[number] == 0).all()
+        assert max(np.abs(by_w[number]).max(), np.abs(by_l[number]).max()) < 1e-6
 
 
 def test_entailment_orders_ratios_and_losses():
@@ -254,11 +254,6 @@ def test_ratio_of_long_sums_keeps_its_digits():
 
 def test_certain_and_impossible_answers_stay_finite():
     w, l = jnp.asarray(list(itertools.product([0.0, -1e-7, -1e-3, -50.0, -1e4], repeat=2)), jnp.float32).T
-
-    def ratio(w, l, code):
-        structure, log_probs = PreferenceStructure.from_code(code), {"w": w, "l": l}
-        return log_wmc(structure.top, log_probs) - log_wmc(structure.bottom, log_probs)
-
     for code in SATISFIABLE[::16]:
         value, pull = jax.vjp(functools.partial(ratio, code=code), w, l)
         assert np.isfinite(value).all() and np.isfinite(pull(jnp.ones_like(value))).all(), code

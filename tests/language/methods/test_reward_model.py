@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -176,9 +177,9 @@ def test_value_and_gradient_against_the_formula(loss, formula, names, options, s
         np.testing.assert_allclose(value, numeric, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-def two(d, **columns):
+def two(d, **columns) -> dict[str, Any]:
     """One pair with rewards d and 0 for each d."""
-    d = np.atleast_1d(np.asarray(d, float))
+    d = jnp.atleast_1d(jnp.asarray(d, jnp.float32))
     return dict(policy_chosen_reward=d, policy_rejected_reward=0 * d, **{n: v + 0 * d for n, v in columns.items()})
 
 

@@ -279,18 +279,19 @@ class Decoder(nnx.Module):
         Args:
           tokens, positions: int32 [N, Q].
           cache: keys and values, each [layers, N, C, Hkv, Dh] (`empty_cache`).
-          start: int32 [], column of the cache where the first of the Q tokens goes.
+          start: int32 [] or [N], column of the cache where the first of the Q tokens goes, for all rows or for each.
           mask: bool [N, Q, C], which columns each query sees.
 
         Returns:
           the answer for the Q tokens, and the cache with their keys and values.
         """
 
+        # Rows that are not equally far write at columns of their own.
+        put = partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
+        put = jax.vmap(put, in_axes=(0, 0, 0 if start.ndim else None))
+
         def attend(query: Array, key: Array, value: Array, kept: tuple[Array, Array]):
-            keys, values = (
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
-                for old, new in zip(kept, (key, value))
-            )
+            keys, values = (put(old, new.astype(old.dtype), start) for old, new in zip(kept, (key, value)))
             return decode_attention(query, keys.astype(query.dtype), values.astype(query.dtype), mask), (keys, values)
 
         hidden, cache = self._run(tokens, positions, attend, cache)

@@ -91,7 +91,7 @@ def test_a_reward_model_is_trained_and_exported(world, tmp_path):
     answer = command("train", "bradley-terry", *fixed, "--steps", 40, "--batch-size", 16, "--learning-rate", 0.01)
     assert answer.code == 0, answer.err
     found = losses(out)
-    assert found[-1] < 0.9 * found[0] and answer.result["evaluation"]["accuracy"] > 0.5
+    assert found[-1] < 0.6 * found[0] and answer.result["accuracy_train"] > 0.8
     exported = read_config(out / "export")
     assert exported["architectures"] == ["LlamaForSequenceClassification"]
     # A reward model goes on as one, and is no policy.

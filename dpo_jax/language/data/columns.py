@@ -67,6 +67,11 @@ RECIPES: dict[str, Recipe] = {
         lambda w, l: _sigmoid(w - l),
         f"give each row `label_prob`, the share of raters that prefer chosen, or {_SCORES}",
     ),
+    "is_tie": Recipe(
+        ("chosen_score", "rejected_score"),
+        lambda w, l: int(w == l),
+        f"give each row `is_tie`: 1 where the raters saw no difference, else 0, or {_SCORES}",
+    ),
     "chosen_win_prob": Recipe(
         ("list_scores",),
         lambda scores: win_probability(int(np.argmax(scores)), scores),

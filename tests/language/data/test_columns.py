@@ -17,9 +17,9 @@ def sigmoid(x):
 
 
 def test_columns_from_scores():
-    wanted = ("margin", "label_prob", "chosen_win_prob", "rejected_win_prob")
+    wanted = ("margin", "label_prob", "chosen_win_prob", "rejected_win_prob", "is_tie")
     (row,) = with_columns([pair(chosen_score=2.0, rejected_score=0.5)], wanted)
-    assert row.columns["margin"] == 1.5
+    assert row.columns["margin"] == 1.5 and row.columns["is_tie"] == 0
     np.testing.assert_allclose(row.columns["label_prob"], sigmoid(1.5), rtol=1e-12)
     # An item's own duel counts one half.
     np.testing.assert_allclose(row.columns["chosen_win_prob"], (0.5 + sigmoid(1.5)) / 2, rtol=1e-12)

@@ -105,13 +105,14 @@ def list_softmax_loss(
 ) -> LossOutput:
     """Cross-entropy of softmax(s) to the scores divided by their sum (LiPO's softmax); scores at least 0.
 
-    A list whose scores are all 0 has loss 0.
+    A negative score counts as 0; a list without a positive one has loss 0.
 
     Args:
       beta: strength of the KL constraint to the reference, above 0.
     """
     s, labels, there = _rank_inputs(policy_logps, reference_logps, mask, scores, beta)
-    shares = safe_divide(labels, masked_sum(labels, there)[:, None])  # [B, K]
+    gains = jax.nn.relu(labels)  # with a negative sum the loss would teach the reverse
+    shares = safe_divide(gains, masked_sum(gains, there)[:, None])  # [B, K]
     logits = jnp.where(there != 0, s, jnp.finfo(jnp.float32).min)
     loss = -masked_sum(shares * jnp.where(there != 0, jax.nn.log_softmax(logits, axis=-1), 0.0), there)
     return LossOutput(loss, list_metrics(s, labels, there))

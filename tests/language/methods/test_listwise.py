@@ -205,9 +205,12 @@ def test_rewards_that_run_away_stay_finite():
     np.testing.assert_allclose(evaluate(pair_logistic_loss, arrays, beta=1.0)[0].loss[:2], [1e4, 3e4], rtol=1e-6)
 
 
-def test_scores_without_any_weight_have_no_softmax_loss():
-    output, gradient = evaluate(list_softmax_loss, with_log_ratios([[0.3, 0.1]], scores=[[0.0, 0.0]]), beta=1.0)
-    assert output.loss[0] == 0 and (gradient == 0).all()
+def test_negative_scores_have_no_weight_in_the_softmax_loss():
+    for scores in ([0.0, 0.0], [-1.0, -0.5]):
+        output, gradient = evaluate(list_softmax_loss, with_log_ratios([[0.3, 0.1]], scores=[scores]), beta=1.0)
+        assert output.loss[0] == 0 and (gradient == 0).all()
+    output, _ = evaluate(list_softmax_loss, with_log_ratios([[0.3, 0.1]], scores=[[0.5, -2.0]]), beta=1.0)
+    np.testing.assert_allclose(output.loss[0], softplus(-0.2), rtol=1e-6)
 
 
 def test_implicit_rewards():

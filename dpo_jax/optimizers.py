@@ -55,8 +55,9 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def is_matrix(params: PyTree) -> PyTree:
-    """True where weight decay applies: kernels and embeddings, not norms and biases, however layers are stacked."""
-    return map_named(lambda name, leaf: not any(word in name for word in ("norm", "bias", "scale")), params)
+    """True where weight decay applies: kernels, embeddings and factors of adapters, not vectors, however stacked."""
+    vectors = ("norm", "bias", "scale", "magnitude")
+    return map_named(lambda name, leaf: not any(word in name for word in vectors), params)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

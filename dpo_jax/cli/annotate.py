@@ -22,7 +22,7 @@ from dpo_jax.language.data.annotate import (
     load_logps,
     prompt_and_chosen,
     save_logps,
-    step_similarity,
+    step_similarities,
     to_longest,
     token_logps,
     with_column,
@@ -99,7 +99,7 @@ def _with_embeddings(data: Prepared, missing: Sequence[str], config: Any, mesh: 
         return with_column(examples, "semantic_distance", _said(compared, multiple, says, variables, config, mesh))
 
     def similarities(examples: list[Example], multiple: int) -> list[Example]:
-        says = partial(step_similarity, model.apply_fn, steps=most_steps)
+        says = partial(step_similarities, model.apply_fn, steps=most_steps)
         return with_column(examples, "step_similarity", _said(examples, multiple, says, variables, config, mesh))
 
     if "semantic_distance" in missing:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpo_jax.language.data.batches import BatchSource
 from dpo_jax.language.methods.cdpo_critical import contrastive_token_scores
+from dpo_jax.language.methods.tree_po import align_steps, step_similarity
 from dpo_jax.language.score import completion_mask, gather_rows, predict, score, to_examples
 from dpo_jax.language.types import Batch, Example, Prediction
 from dpo_jax.ops import cosine_similarity
@@ -69,8 +70,12 @@ def contrastive_logps(apply_fn: Callable, variables: PyTree, batch: Batch, *, co
     targets = jnp.maximum(target, 0).reshape(-1)
 
     def one(token: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        logits = [_logits(state, answer.head, answer.bias, answer.softcap) for state, answer in zip(token[:2], answers)]
-        return contrastive_token_scores(logits[0], logits[1], token[2], contrast=contrast)
+        positive, negative = (
+            _logits(state, answer.head, answer.bias, answer.softcap) for state, answer in zip(token[:2], answers)
+        )
+        return contrastive_token_scores(
+            positive_logits=positive, negative_logits=negative, labels=token[2], contrast=contrast
+        )
 
     # Chunks of tokens: the logits of two models at all places would not fit.
     values = jax.lax.map(one, (hidden[0], hidden[1], targets), batch_size=CHUNK)
@@ -107,20 +112,15 @@ def first_two_distance(apply_fn: Callable, variables: PyTree, batch: Batch) -> j
     return 1 - cosine_similarity(means[:, 0], means[:, 1])
 
 
-def step_similarity(apply_fn: Callable, variables: PyTree, batch: Batch, *, steps: int) -> jax.Array:
+def step_similarities(apply_fn: Callable, variables: PyTree, batch: Batch, *, steps: int) -> jax.Array:
     """Cosine similarity of the mean states of steps, [B, K, K, steps], for every two completions of an example.
 
     Steps are aligned as the loss aligns them. Zero where one of the two has no such step. Liao et al. 2024,
     arXiv 2410.12854.
     """
-    from dpo_jax.language.methods.tree_po import align_steps
-
     states, mask = token_states(apply_fn, variables, batch)
     step_ids = jnp.asarray(batch.columns["step_ids"]).reshape(mask.shape)
-    aligned, _ = align_steps(step_ids)
-    member = (aligned[..., None] == jnp.arange(steps)) & (mask[..., None] > 0)  # [B, K, T, S]
-    sums = jnp.einsum("bkts,bktd->bksd", member.astype(jnp.float32), states)
-    return cosine_similarity(sums[:, :, None], sums[:, None])  # the direction of a sum is that of the mean
+    return step_similarity(states, align_steps(step_ids, mask, num_steps=steps), num_steps=steps)
 
 
 def prompt_and_chosen(example: Example) -> Example:

@@ -7,7 +7,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,15 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from dpo_jax.language.models.decoder import RULES, DecoderConfig, abstract_variables, init_variables
-from dpo_jax.language.models.folder import WeightsError, config_from_hf, config_to_hf, local_folder, read_config
+from dpo_jax.language.models.families.table import Place, Table
+from dpo_jax.language.models.folder import (
+    WeightsError,
+    config_from_hf,
+    config_to_hf,
+    family_of,
+    local_folder,
+    read_config,
+)
 from dpo_jax.sharding import Rules, make_mesh, spec_for
 from dpo_jax.tree import map_named, named_leaves
 from dpo_jax.types import Array, PyTree
@@ -30,42 +38,8 @@ DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.d
 _SHOWN = 8  # names that an error lists of each kind
 
 
-class Place(NamedTuple):
-    """Where a tensor of a checkpoint goes.
-
-    Attributes:
-      name: in the checkpoint; `{layer}` stands for the number of the layer.
-      transposed: torch keeps linear weights as [out, in], kernels here are [in, out].
-    """
-
-    name: str
-    transposed: bool = False
-
-
-# Path name of the variables -> place in the checkpoint.
-LLAMA = {
-    "embed/embedding": Place("model.embed_tokens.weight"),
-    "head/embedding": Place("lm_head.weight"),
-    "score/weight": Place("score.weight"),
-    "norm/scale": Place("model.norm.weight"),
-    "layers/attention_norm/scale": Place("model.layers.{layer}.input_layernorm.weight"),
-    "layers/feed_forward_norm/scale": Place("model.layers.{layer}.post_attention_layernorm.weight"),
-    **{
-        f"layers/{ours}/{kind}": Place(f"model.layers.{{layer}}.{theirs}.{end}", kind == "kernel")
-        for ours, theirs in {
-            "attention/query": "self_attn.q_proj",
-            "attention/key": "self_attn.k_proj",
-            "attention/value": "self_attn.v_proj",
-            "attention/output": "self_attn.o_proj",
-            "feed_forward/gate": "mlp.gate_proj",
-            "feed_forward/up": "mlp.up_proj",
-            "feed_forward/down": "mlp.down_proj",
-        }.items()
-        for kind, end in (("kernel", "weight"), ("bias", "bias"))
-    },
-}
 # Buffers that old checkpoints carry and no model reads.
-_IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+_IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -88,27 +62,37 @@ def _weight_files(folder: Path) -> list[Path]:
     raise WeightsError(f"{folder}: no {WEIGHTS_FILE} and no {INDEX_FILE}{hint}")
 
 
-def tensor_names(path: str, config: DecoderConfig) -> list[str]:
+def weight_table(config: DecoderConfig) -> Table:
+    """Path name of a variable -> place in the checkpoint, for the config's family."""
+    return family_of(config.family).table(config)
+
+
+def _tensor_names(path: str, place: Place, config: DecoderConfig) -> list[str]:
     """Names in the checkpoint of a variable: one for each layer if it is stacked."""
-    place = LLAMA[path]
     return [place.name.format(layer=i) for i in range(config.layers)] if path.startswith("layers/") else [place.name]
 
 
-def _check_tensors(
-    folder: Path, config: DecoderConfig, shapes: Mapping[str, tuple], variables: Mapping[str, Any]
-) -> None:
+def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors of a checkpoint."""
+    table, wanted = weight_table(config), {}
+    for path, leaf in named_leaves(abstract_variables(config)).items():
+        place, shape = table[path], tuple(leaf.shape[1:] if path.startswith("layers/") else leaf.shape)
+        if place.part is not None:
+            shape = (*shape[:-1], place.part.whole * place.part.groups)
+        wanted |= dict.fromkeys(_tensor_names(path, place, config), shape[::-1] if place.transposed else shape)
+    return wanted
+
+
+def _check_tensors(folder: Path, config: DecoderConfig, shapes: Mapping[str, tuple]) -> None:
     """One error that names all tensors that are missing, surplus or of a wrong shape."""
-    wanted: dict[str, tuple[int, ...]] = {}
-    for path, leaf in variables.items():
-        shape = tuple(leaf.shape[1:] if path.startswith("layers/") else leaf.shape)
-        shape = shape[::-1] if LLAMA[path].transposed else shape
-        wanted |= {name: shape for name in tensor_names(path, config)}
+    table, wanted = weight_table(config), tensor_shapes(config)
     missing = sorted(wanted.keys() - shapes.keys())
     surplus = sorted(name for name in shapes.keys() - wanted.keys() if not _IGNORED.search(name))
     if starts_reward(config, shapes):
-        missing = [name for name in missing if name != LLAMA["score/weight"].name]
+        missing = [name for name in missing if name != table["score/weight"].name]
     if config.tie_embeddings or config.reward:
-        surplus = [name for name in surplus if name != LLAMA["head/embedding"].name]
+        heads = {table[path].name for path in ("head/embedding", "head_bias/bias")}
+        surplus = [name for name in surplus if name not in heads]
     wrong = [
         f"{n} is {list(shapes[n])}, expected {list(s)}" for n, s in wanted.items() if n in shapes and shapes[n] != s
     ]
@@ -124,7 +108,13 @@ def _check_tensors(
 
 def starts_reward(config: DecoderConfig, names: Container[str]) -> bool:
     """Whether a reward model begins as a language model: its head is then new, and the vocabulary's is left aside."""
-    return config.reward and LLAMA["score/weight"].name not in names
+    return config.reward and weight_table(config)["score/weight"].name not in names
+
+
+def _full_name(name: str, names: Container[str], config: DecoderConfig) -> str:
+    """A tensor's name as the table has it: some checkpoints are of the model without its head, and lack its prefix."""
+    prefix = family_of(config.family).PREFIX
+    return name if name in names or f"{prefix}{name}" not in names else f"{prefix}{name}"
 
 
 def load_hf(
@@ -152,7 +142,7 @@ def load_hf(
     folder = local_folder(model)
     config = config or config_from_hf(read_config(folder), place=str(folder / "config.json"))
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
-    abstract = abstract_variables(config)
+    abstract, table = abstract_variables(config), weight_table(config)
     with ExitStack() as stack:
         where: dict[str, Any] = {}
         for path in _weight_files(folder):
@@ -161,9 +151,10 @@ def load_hf(
                 where |= {name: file for name in file.keys()}  # noqa: SIM118
             except Exception as error:  # safetensors raises a type of its own
                 raise WeightsError(f"{path}: not a safetensors file ({error})") from error
-        slices = {name: file.get_slice(name) for name, file in where.items()}
+        expected = tensor_shapes(config)
+        slices = {_full_name(name, expected, config): file.get_slice(name) for name, file in where.items()}
         shapes = {name: tuple(piece.get_shape()) for name, piece in slices.items()}
-        _check_tensors(folder, config, shapes, named_leaves(abstract))
+        _check_tensors(folder, config, shapes)
         if odd := sorted({f"{n} ({s.get_dtype()})" for n, s in slices.items() if s.get_dtype() not in DTYPES}):
             raise WeightsError(
                 f"{folder}: tensors of unknown type: {', '.join(odd[:_SHOWN])}; expected {', '.join(DTYPES)}"
@@ -171,29 +162,35 @@ def load_hf(
 
         def read(path: str, leaf: jax.ShapeDtypeStruct) -> Array:
             spec = spec_for(path, leaf.shape, rules, mesh)
-            names, transposed = tensor_names(path, config), LLAMA[path].transposed
+            place = table[path]
+            names = _tensor_names(path, place, config)
             if names[0] not in slices:
                 new = jax.jit(lambda: init_variables(config, jax.random.key(0))["score"]["weight"])
                 return jax.device_put(new(), NamedSharding(mesh, spec))
             if not path.startswith("layers/"):
-                return _read_tensor(slices[names[0]], leaf.shape, leaf.dtype, NamedSharding(mesh, spec), transposed)
+                return _read_tensor(slices[names[0]], leaf.shape, leaf.dtype, NamedSharding(mesh, spec), place)
             whole, one = NamedSharding(mesh, spec), NamedSharding(mesh, PartitionSpec(*spec[1:]))
             filled = jax.jit(partial(jnp.zeros, leaf.shape, leaf.dtype), out_shardings=whole)()
             put = jax.jit(lambda all, new, i: all.at[i].set(new), donate_argnums=0, out_shardings=whole)
             for number, name in enumerate(names):
-                layer = _read_tensor(slices[name], leaf.shape[1:], leaf.dtype, one, transposed)
+                layer = _read_tensor(slices[name], leaf.shape[1:], leaf.dtype, one, place)
                 filled = put(filled, layer, number)
             return filled
 
         return config, map_named(read, abstract)
 
 
-def _read_tensor(piece: Any, shape: tuple, dtype: Any, sharding: NamedSharding, transposed: bool) -> Array:
-    """One tensor, each device's part read by itself."""
+def _read_tensor(piece: Any, shape: tuple, dtype: Any, sharding: NamedSharding, place: Place) -> Array:
+    """One tensor or part of one, each device's part read by itself."""
 
     def part(index: Any) -> np.ndarray:  # a tuple of slices
-        values = np.asarray(piece[index[::-1] if transposed else index])
-        return (values.T if transposed else values).astype(dtype)
+        columns = None
+        if place.part is not None:
+            columns = place.part.places(np.arange(*index[-1].indices(shape[-1])))
+            index = (*index[:-1], slice(columns.min(), columns.max() + 1))
+        values = np.asarray(piece[index[::-1] if place.transposed else index])
+        values = values.T if place.transposed else values
+        return (values if columns is None else values[..., columns - columns.min()]).astype(dtype)
 
     return jax.make_array_from_callback(shape, sharding, part)
 
@@ -223,7 +220,7 @@ def save_hf(
             left.unlink()
     sizes: dict[str, int] = {}
     shards: list[list[str]] = []
-    for shard in _shards(_tensors(config, variables, dtype), max_shard_bytes):
+    for shard in _shards(checkpoint_tensors(config, variables, dtype), max_shard_bytes):
         sizes |= {name: tensor.nbytes for name, tensor in shard.items()}
         shards.append(list(shard))
         if writes:
@@ -237,13 +234,36 @@ def save_hf(
         _name_shards(folder, shards, sum(sizes.values()))
 
 
-def _tensors(config: DecoderConfig, variables: PyTree, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and host copies, one after another."""
+def checkpoint_tensors(config: DecoderConfig, variables: PyTree, dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and host copies of a checkpoint's tensors, one after another; parts of one tensor are put together.
+
+    Args:
+      variables: or a tree like them, such as gradients.
+      dtype: of the tensors; that of the variables by default.
+    """
+    table = weight_table(config)
+    together: dict[str, dict[str, Array]] = {}
     for path, leaf in named_leaves(variables).items():
-        for number, name in enumerate(tensor_names(path, config)):
-            values = _on_host(leaf[number] if path.startswith("layers/") else leaf)
-            values = values.T if LLAMA[path].transposed else values
+        together.setdefault(table[path].name, {})[path] = leaf
+    for leaves in together.values():
+        first = next(iter(leaves))
+        for number, name in enumerate(_tensor_names(first, table[first], config)):
+            parts = {path: _on_host(x[number] if path.startswith("layers/") else x) for path, x in leaves.items()}
+            values = _fused({table[path]: part for path, part in parts.items()})
+            values = values.T if table[first].transposed else values
             yield name, np.ascontiguousarray(values.astype(dtype or values.dtype))
+
+
+def _fused(parts: Mapping[Place, np.ndarray]) -> np.ndarray:
+    """The tensor that parts make up, in our orientation."""
+    place, values = next(iter(parts.items()))
+    if place.part is None:
+        return values
+    together = np.empty((*values.shape[:-1], place.part.whole * place.part.groups), values.dtype)
+    for place, values in parts.items():
+        if place.part is not None:
+            together[..., place.part.places(np.arange(values.shape[-1]))] = values
+    return together
 
 
 def _on_host(array: Array) -> np.ndarray:

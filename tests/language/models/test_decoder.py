@@ -18,9 +18,9 @@ from dpo_jax.language.models.decoder import (
     decoder_function,
     empty_cache,
     init_variables,
-    rope_frequencies,
 )
-from dpo_jax.language.models.weights import LLAMA, load_hf, tensor_names
+from dpo_jax.language.models.rope import rope_frequencies
+from dpo_jax.language.models.weights import checkpoint_tensors, load_hf
 from dpo_jax.logprobs import logits_logps
 from dpo_jax.sharding import P, make_mesh, shard_batch, tree_shardings
 from dpo_jax.tree import named_leaves
@@ -60,11 +60,7 @@ def ours(config, variables, expected):
 
     (_, (logits, logps)), gradients = run(variables)
     result = {"logits": logits, "logps": logps}
-    for path, leaf in named_leaves(gradients).items():
-        parts = leaf if path.startswith("layers/") else leaf[None]
-        for name, part in zip(tensor_names(path, config), parts, strict=True):
-            result[f"gradient:{name}"] = part.T if LLAMA[path].transposed else part
-    return result
+    return result | {f"gradient:{name}": tensor for name, tensor in checkpoint_tensors(config, gradients)}
 
 
 def assert_parity(got, expected):

@@ -1,4 +1,4 @@
-"""The decoder in its uses: packed rows scored as torch does, DPO steps on meshes as on one device, greedy as torch."""
+"""The decoder in its uses: packed rows scored as torch does, DPO steps on meshes as on one device."""
 
 from functools import partial
 
@@ -16,12 +16,10 @@ from dpo_jax.language.models.decoder import (
     DecoderConfig,
     RopeConfig,
     decoder_function,
-    empty_cache,
     init_variables,
 )
-from dpo_jax.language.models.weights import LLAMA, load_hf, tensor_names
+from dpo_jax.language.models.weights import checkpoint_tensors, load_hf
 from dpo_jax.language.objectives import from_loss
-from dpo_jax.language.sampler import sample_completions
 from dpo_jax.language.score import score
 from dpo_jax.language.types import Example
 from dpo_jax.sharding import make_mesh, shard_batch
@@ -65,12 +63,10 @@ def test_packed_rows_score_as_torch_does(variant, cut):
         np.testing.assert_allclose(got, expected["logps"][place, cut - 1 : length - 1], rtol=0, atol=1e-4)
     if cut > 1:  # torch's scalar weighs all tokens but the first
         return
-    for path, leaf in named_leaves(gradients).items():
-        for name, part in zip(tensor_names(path, config), leaf if path.startswith("layers/") else leaf[None]):
-            want = expected[f"gradient:{name}"]
-            part = part.T if LLAMA[path].transposed else part
-            # Sums over tokens of size up to about 10: 1e-4 of the largest entry.
-            np.testing.assert_allclose(part, want, rtol=0, atol=1e-4 * max(1.0, np.abs(want).max()), err_msg=name)
+    for name, got in checkpoint_tensors(config, gradients):
+        want = expected[f"gradient:{name}"]
+        # Sums over tokens of size up to about 10: 1e-4 of the largest entry.
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * max(1.0, np.abs(want).max()), err_msg=name)
 
 
 CONFIG = DecoderConfig(
@@ -141,30 +137,3 @@ def test_dpo_steps_on_meshes_are_those_of_one_device(sizes, microbatches, alone,
             part = leaf.addressable_shards[0].data.size
             if name.endswith(("kernel", "embedding")):
                 assert part * fsdp * model == leaf.size, name
-
-
-def test_greedy_samples_are_those_of_torch():
-    torch = pytest.importorskip("torch")
-    from transformers import AutoModelForCausalLM
-
-    folder, rng, new, eos = FOLDER / "llama3", np.random.default_rng(1), 12, 5
-    prompts = [rng.integers(6, VOCABULARY, n).astype(np.int32) for n in (1, 7, 3, 12)]
-    config, variables = load_hf(folder)
-    got = sample_completions(
-        decoder_function(config),
-        variables,
-        partial(empty_cache, config),
-        prompts,
-        jax.random.key(0),
-        new_tokens=new,
-        eos=eos,
-        temperature=0.0,
-        batch_size=4,
-    )
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    options = {"do_sample": False, "max_new_tokens": new, "eos_token_id": eos, "pad_token_id": 0}
-    for prompt, (tokens, _) in zip(prompts, got):
-        ids = torch.tensor(prompt[None], dtype=torch.long)
-        want = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].numpy()
-        np.testing.assert_array_equal(tokens, want)
-    assert len({tuple(tokens) for tokens, _ in got}) > 1

@@ -11,8 +11,9 @@ from make_decoder_fixtures import FOLDER, inputs
 from make_tiny_checkpoint import llama_config
 
 from dpo_jax.language.models import weights
-from dpo_jax.language.models.decoder import decoder_function, rope_frequencies
+from dpo_jax.language.models.decoder import decoder_function
 from dpo_jax.language.models.folder import WeightsError, config_from_hf, read_config
+from dpo_jax.language.models.rope import rope_frequencies
 from dpo_jax.language.models.weights import load_hf, save_hf
 from dpo_jax.tree import named_leaves
 

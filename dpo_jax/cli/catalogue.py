@@ -118,7 +118,7 @@ def methods() -> dict[str, Method]:
 
 
 def method(slug: str) -> Method:
-    """The method of a slug.
+    """The method of a slug; a paper's slug stands for its first loss.
 
     Raises:
       UsageError: there is none; names those that come close.
@@ -128,6 +128,9 @@ def method(slug: str) -> Method:
     known = methods()
     if slug in known:
         return known[slug]
+    for paper in papers():
+        if paper.slug == slug and paper.losses:
+            return paper.losses[0]
     near = difflib.get_close_matches(slug, known, n=3)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise UsageError(f"unknown method {slug!r}; {hint}`dpo-jax methods` lists all {len(known)}")

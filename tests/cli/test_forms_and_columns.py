@@ -6,6 +6,8 @@ import pytest
 from every_method import World, make_world
 from tiny_runs import command, losses, write_rows
 
+from dpo_jax.cli.catalogue import method
+from dpo_jax.cli.console import UsageError
 from dpo_jax.language.models.folder import read_config
 from dpo_jax.worlds import digits
 
@@ -104,3 +106,10 @@ def test_a_reward_model_is_trained_and_exported(world, tmp_path):
     exported_again = command("export", "--run", out, "--out", tmp_path / "again")
     assert exported_again.code == 0, exported_again.err
     assert read_config(tmp_path / "again")["architectures"] == exported["architectures"]
+
+
+def test_a_papers_slug_stands_for_its_first_loss():
+    assert method("reward-model").slug == "bradley-terry" and method("token-dpo").slug == "tdpo1"
+    assert method("dpo").slug == "dpo"
+    with pytest.raises(UsageError, match="unknown method 'r-to-q'"):  # a paper without a loss
+        method("r-to-q")

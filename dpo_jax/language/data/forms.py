@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_jax.language.data.rows import Form, Message, PreferenceRow, SkippedRow
+from dpo_jax.language.methods.kto import mismatched_indices
 from dpo_jax.language.types import COMPLETIONS
 
 REVISION = "Improve the answer above."
@@ -160,20 +161,17 @@ _CONVERSIONS: dict[tuple[str, str], Callable[[PreferenceRow], list[PreferenceRow
 
 
 def _with_mismatched(rows: Sequence[PreferenceRow], seed: int) -> list[PreferenceRow]:
-    """Beside each completion that of the next row, in a random cyclic order, that has another prompt.
+    """Beside each completion that of another row: the next one, in a random cyclic order, with another prompt.
 
     Fixed for the run, so that the reference's log-probs of the mismatched completions are columns like all others.
     """
     order = np.random.default_rng(seed).permutation(len(rows))
-    partner: dict[int, str] = {}
-    for place, index in enumerate(order):
-        own = rows[index]
-        others = (rows[order[(place + step) % len(order)]] for step in range(1, len(order)))
-        found = next((o for o in others if o.prompt != own.prompt and o.completions[0] != own.completions[0]), None)
-        if found is None:
-            raise FormError("every row has the same prompt, so no completion can be mismatched; give other prompts too")
-        partner[int(index)] = found.completions[0]
-    return [replace(row, form="mismatched", completions=(row.completions[0], partner[i])) for i, row in enumerate(rows)]
+    try:
+        following = mismatched_indices([rows[index].prompt for index in order])
+    except ValueError as error:
+        raise FormError(str(error)) from error
+    lent = dict(zip(order.tolist(), (rows[order[place]].completions[0] for place in following)))
+    return [replace(row, form="mismatched", completions=(row.completions[0], lent[i])) for i, row in enumerate(rows)]
 
 
 def _revisions(row: PreferenceRow, instruction: str) -> PreferenceRow:

@@ -88,7 +88,7 @@ def test_mismatched_completions_come_from_other_prompts():
         assert len(row.completions) == len(COMPLETIONS["mismatched"])
         assert prompt_of[row.completions[0]] == row.prompt != prompt_of[row.completions[1]]
     assert to_form(pairs, "mismatched", seed=1).rows == rows != to_form(pairs, "mismatched", seed=2).rows
-    with pytest.raises(FormError, match="every row has the same prompt"):
+    with pytest.raises(FormError, match="fewer than two different prompts"):
         to_form([PAIR, PAIR], "mismatched")
 
 

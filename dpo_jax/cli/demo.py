@@ -7,11 +7,10 @@ policy.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +35,8 @@ from dpo_jax.language.models.decoder import (
 )
 from dpo_jax.language.models.weights import save_hf
 from dpo_jax.language.objectives import from_loss
-from dpo_jax.language.sampler import sample_completions
+from dpo_jax.language.sampling.engine import Engine, generate, make_engine, prompt_keys
+from dpo_jax.language.sampling.steps import CachedModel
 from dpo_jax.language.types import Example
 from dpo_jax.optimizers import OptimizerConfig, make_optimizer
 from dpo_jax.report import open_metrics, table, wilson_interval
@@ -107,8 +107,9 @@ def demo_command(config: DemoConfig) -> None:
     warm = OptimizerConfig("muon", learning_rate=0.02, schedule="cosine", warmup=20, weight_decay=0.01, clip=0.0)
     course = Course(config.warm_steps, 20, 0, 0, "warm start")
     variables, _ = train(out / "warm_start", course, from_loss(sft_loss), variables, chains, 64, warm, mesh, config)
-    before = accuracy(apply_fn, variables, config, jax.random.fold_in(key, 1))
-    pairs = own_pairs(apply_fn, variables, config, jax.random.fold_in(key, 2))
+    engine = chain_engine(config, mesh)
+    before = accuracy(engine, variables, config, jax.random.fold_in(key, 1))
+    pairs = own_pairs(engine, variables, config, jax.random.fold_in(key, 2))
     if not pairs:
         raise UsageError("no prompt got both a right and a wrong chain; give more --prompts or --rollouts")
     say(f"{len(pairs)} pairs of a right and a wrong chain, from {config.prompts} prompts x {config.rollouts} chains")
@@ -116,7 +117,7 @@ def demo_command(config: DemoConfig) -> None:
     course = Course(config.steps, 10, 0, 0, "dpo")
     objective = from_loss(dpo_loss, beta=config.beta)
     aligned, outcome = train(out, course, objective, variables, pairs, 32, constant, mesh, config)
-    after = accuracy(apply_fn, aligned, config, jax.random.fold_in(key, 1))
+    after = accuracy(engine, aligned, config, jax.random.fold_in(key, 1))
     plan = plan_layout(example_lengths(pairs), batch_size=64, row_multiple=data_shards(mesh), seed=None)
     moved = evaluate_pairs(apply_fn, aligned, variables, pairs, plan.layout, beta=config.beta, batch_size=64, mesh=mesh)
     save_hf(out / "export", MODEL, aligned)
@@ -171,36 +172,40 @@ def train(
     return state.params, outcome
 
 
-def sample_chains(apply_fn: Callable[..., Any], variables: PyTree, prompts: Sequence[str], key: jax.Array) -> list[str]:
-    """One chain for each prompt, sampled at temperature 1."""
-    completions = sample_completions(
-        apply_fn,
-        variables,
-        partial(empty_cache, MODEL),
-        [digits.prompt_ids(prompt) for prompt in prompts],
-        key,
+def chain_engine(config: DemoConfig, mesh: Mesh) -> Engine:
+    """The engine that samples chains of the decoder at temperature 1."""
+    shards = data_shards(mesh)
+    return make_engine(
+        [CachedModel(decoder_function(MODEL), partial(empty_cache, MODEL))],
         new_tokens=digits.COMPLETION_LENGTH,
-        eos=digits.EOS,
-        batch_size=min(500, len(prompts)),
+        stop_tokens=(digits.EOS,),
+        rows=-(-min(500, config.test_prompts) // shards) * shards,
+        mesh=mesh,
     )
-    return [digits.decode(ids) for ids, _ in completions]
 
 
-def accuracy(apply_fn: Callable[..., Any], variables: PyTree, config: DemoConfig, key: jax.Array) -> int:
+def sample_chains(
+    engine: Engine, variables: PyTree, prompts: Sequence[str], key: jax.Array, *, samples: int = 1
+) -> list[list[str]]:
+    """Chains of each prompt."""
+    ids, keys = [digits.prompt_ids(prompt) for prompt in prompts], prompt_keys(key, len(prompts))
+    answers = generate(engine, (variables,), ids, keys, samples=samples)
+    return [[digits.decode(answer.tokens) for answer in several] for several in answers]
+
+
+def accuracy(engine: Engine, variables: PyTree, config: DemoConfig, key: jax.Array) -> int:
     """Number of fresh prompts whose sampled chain ends in the right sum."""
     prompts = digits.make_prompts(config.test_prompts, config.seed + 1_000_003)
-    chains = sample_chains(apply_fn, variables, prompts, key)
-    return sum(digits.judge(prompt, chain).final_correct for prompt, chain in zip(prompts, chains))
+    chains = sample_chains(engine, variables, prompts, key)
+    return sum(digits.judge(prompt, chain).final_correct for prompt, (chain,) in zip(prompts, chains))
 
 
-def own_pairs(apply_fn: Callable[..., Any], variables: PyTree, config: DemoConfig, key: jax.Array) -> list[Example]:
+def own_pairs(engine: Engine, variables: PyTree, config: DemoConfig, key: jax.Array) -> list[Example]:
     """For each prompt that got both, its first right and its first wrong chain."""
     prompts = digits.make_prompts(config.prompts, config.seed + 2_000_003)
-    repeated = [prompt for prompt in prompts for _ in range(config.rollouts)]
-    chains = sample_chains(apply_fn, variables, repeated, key)
+    chains = sample_chains(engine, variables, prompts, key, samples=config.rollouts)
     pairs = []
-    for start in range(0, len(repeated), config.rollouts):
-        prompt, tried = repeated[start], chains[start : start + config.rollouts]
+    for prompt, tried in zip(prompts, chains):
         right = [c for c in tried if digits.judge(prompt, c).first_error_step is None]
         wrong = [c for c in tried if not digits.judge(prompt, c).final_correct and "?" not in c]
         if right and wrong:

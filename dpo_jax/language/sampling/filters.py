@@ -47,6 +47,7 @@ class Sampling:
         require_positive(top_p=self.top_p, repetition_penalty=self.repetition_penalty)
 
 
+UNFILTERED = Sampling()
 GREEDY = Sampling(temperature=0.0)
 
 

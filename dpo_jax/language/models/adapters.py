@@ -1,0 +1,340 @@
+"""Adapters in PEFT's folders, both ways: adapter_config.json beside adapter_model.safetensors.
+
+The format is that of https://github.com/huggingface/peft. Its A is [r, in] and its B [out, r], one of each for every
+layer; here A is [layers, in, r] and B [layers, r, out] (`dpo_jax.lora`). Scales are not stored there: they follow from
+alpha and rank, which patterns may set module by module.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from dpo_jax.language.models.decoder import DecoderConfig, abstract_variables
+from dpo_jax.language.models.folder import WeightsError
+from dpo_jax.language.models.weights import DTYPES, weight_table
+from dpo_jax.lora import MAGNITUDE, SCALE, A, B, adapter_sites, with_adapters
+from dpo_jax.tree import named_leaves
+from dpo_jax.types import PyTree
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_ENDS = {A: ".lora_A.weight", B: ".lora_B.weight", MAGNITUDE: ".lora_magnitude_vector"}
+_SCORE = "score/weight"
+_SHOWN = 8  # names that an error lists
+# Starts that leave the base as it is; the others subtract something from it.
+_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
+# Keys that are read below, or that say nothing about what a trained adapter computes.
+_UNDERSTOOD = {
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out"),
+    *("bias", "use_rslora", "use_dora", "modules_to_save", "init_lora_weights", "layers_to_transform"),
+    *("layers_pattern", "rank_pattern", "alpha_pattern", "megatron_core", "qalora_group_size", "eva_config"),
+    "ensure_weight_tying",
+}
+
+
+class LoadedAdapter(NamedTuple):
+    """What a folder holds.
+
+    Attributes:
+      adapters: to be joined with the base by `dpo_jax.lora.with_adapters`; float32. Layers that the folder leaves out
+        have factors of zeros, and a rank that is lower than another layer's is filled up with zeros.
+      learned: other variables that were trained whole (a reward model's head), or an empty dict.
+      rslora: how alpha and scale belong together.
+      base: the base's name, or None.
+    """
+
+    adapters: PyTree
+    learned: PyTree
+    rslora: bool
+    base: str | None
+
+
+class _Module(NamedTuple):
+    """A linear module of the checkpoint: path name of our layer, number in the stack."""
+
+    path: str
+    layer: int
+
+
+def _modules(config: DecoderConfig) -> dict[str, _Module]:
+    """Name in the checkpoint -> where its adapter goes."""
+    places: dict[str, _Module] = {}
+    shared, table = set(), weight_table(config)
+    for name, leaf in named_leaves(abstract_variables(config)).items():
+        path, _, kind = name.rpartition("/")
+        if kind == "kernel":
+            for layer in range(leaf.shape[0]):
+                module = table[name].name.format(layer=layer).removesuffix(".weight")
+                shared |= {module} & places.keys()
+                places[module] = _Module(path, layer)
+    # An adapter of a module that holds several of our kernels is not one of any of them.
+    return {module: place for module, place in places.items() if module not in shared}
+
+
+def load_adapter(folder: str | Path, config: DecoderConfig) -> LoadedAdapter:
+    """Read a PEFT folder.
+
+    Args:
+      config: of the base.
+
+    Raises:
+      WeightsError: a feature that is not supported, or tensors that do not fit the base or the folder's own config.
+    """
+    folder = Path(folder)
+    options = _read_options(folder, config)
+    tensors = _read_tensors(folder)
+    modules = _modules(config)
+    found: dict[str, dict[int, dict[str, np.ndarray]]] = {}
+    learned, unknown = {}, []
+    for name, tensor in tensors.items():
+        kind = next((kind for kind, end in _ENDS.items() if name.endswith(end)), None)
+        module = name.removeprefix(_PREFIX).removesuffix(_ENDS.get(kind or "", ""))
+        if config.reward and name.removeprefix(_PREFIX) == weight_table(config)[_SCORE].name:
+            learned = {"score": {"weight": jnp.asarray(tensor)}}
+        elif kind is None or module not in modules or not name.startswith(_PREFIX):
+            unknown.append(name)
+        else:
+            path, layer = modules[module]
+            found.setdefault(path, {}).setdefault(layer, {})[kind] = tensor
+    if unknown or not found:
+        names = ", ".join(sorted(unknown)[:_SHOWN]) or "none"
+        raise WeightsError(f"{folder}: tensors that are no adapters of this model's linear layers: {names}")
+    names = {place: module for module, place in modules.items()}
+    shapes = {name: leaf.shape for name, leaf in named_leaves(abstract_variables(config)).items()}
+    adapters: dict = {}
+    for path, layers in found.items():
+        modules_of = {layer: names[_Module(path, layer)] for layer in range(shapes[f"{path}/kernel"][0])}
+        site = _stacked(folder, layers, modules_of, shapes[f"{path}/kernel"], options)
+        for part in reversed(path.split("/")):
+            site = {part: site}
+        adapters = with_adapters(adapters, site)
+    if learned and learned["score"]["weight"].shape != shapes[_SCORE]:
+        raise WeightsError(f"{folder}: the head is {learned['score']['weight'].shape}, expected {shapes[_SCORE]}")
+    return LoadedAdapter(adapters, learned, bool(options.get("use_rslora")), options.get("base_model_name_or_path"))
+
+
+def _read_options(folder: Path, config: DecoderConfig) -> dict[str, Any]:
+    """adapter_config.json, if everything in it is supported."""
+    place = folder / CONFIG_FILE
+    try:
+        options = json.loads(place.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{place}: {error}") from error
+    if not isinstance(options, dict) or options.get("peft_type") != "LORA":
+        raise WeightsError(f"{place}: expected an object whose peft_type is 'LORA'")
+    active = {key: value for key, value in options.items() if value not in (None, False, "", "none") and value != {}}
+    refused = {key: value for key, value in active.items() if key not in _UNDERSTOOD and value != []}
+    if options.get("init_lora_weights") not in _STARTS:
+        refused["init_lora_weights"] = options["init_lora_weights"]
+    if "bias" in active:
+        refused["bias"] = active["bias"]
+    heads = ["score", "classifier"] if config.reward else []  # PEFT names both, and the model has one
+    if [name for name in active.get("modules_to_save") or [] if name not in heads]:
+        refused["modules_to_save"] = active["modules_to_save"]
+    if refused:
+        listed = ", ".join(f"{key} {value!r}" for key, value in refused.items())
+        raise WeightsError(f"{place}: not supported: {listed}; merge this adapter into its base with peft")
+    numbers = {"r": options.get("r"), "lora_alpha": options.get("lora_alpha")}
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = options.get(key) or {}
+        if not isinstance(patterns, dict):
+            raise WeightsError(f"{place}: {key} is {patterns!r}; expected an object")
+        numbers |= {f"{key} of {pattern!r}": value for pattern, value in patterns.items()}
+    for key, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
+            raise WeightsError(f"{place}: {key} is {value!r}; expected a number above 0")
+    return options
+
+
+def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors of the folder, float32."""
+    path = folder / WEIGHTS_FILE
+    if not path.exists():
+        hint = "; convert adapter_model.bin, which would run code when read" if any(folder.glob("*.bin")) else ""
+        raise WeightsError(f"{folder}: no {WEIGHTS_FILE}{hint}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names = list(file.keys())
+            types = {name: file.get_slice(name).get_dtype() for name in names}
+            odd = [f"{name} ({kind})" for name, kind in types.items() if kind not in DTYPES]
+            tensors = {} if odd else {name: file.get_tensor(name).astype(np.float32) for name in names}
+    except Exception as error:  # safetensors raises a type of its own
+        raise WeightsError(f"{path}: not a safetensors file ({error})") from error
+    if odd:
+        raise WeightsError(f"{path}: tensors of unknown type: {', '.join(odd[:_SHOWN])}; expected {', '.join(DTYPES)}")
+    return tensors
+
+
+def _value(options: Mapping[str, Any], key: str, pattern: str, module: str) -> Any:
+    """The first pattern that matches the module's name, or else the value for all."""
+    patterns = options.get(pattern) or {}
+    return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), options[key])
+
+
+def _divisor(rank: int, rslora: bool) -> float:
+    return math.sqrt(rank) if rslora else rank
+
+
+def _stacked(
+    folder: Path,
+    layers: dict[int, dict[str, np.ndarray]],
+    modules: dict[int, str],
+    shape: tuple[int, ...],
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """The leaves of one path, from the tensors of its layers."""
+    count, size_in, size_out = shape
+    dora, rslora = bool(options.get("use_dora")), bool(options.get("use_rslora"))
+    ranks = {layer: int(_value(options, "r", "rank_pattern", module)) for layer, module in modules.items()}
+    alphas = {layer: _value(options, "lora_alpha", "alpha_pattern", module) for layer, module in modules.items()}
+    wrong = []
+    for layer, tensors in layers.items():
+        expected = {A: (ranks[layer], size_in), B: (size_out, ranks[layer])}
+        expected |= {MAGNITUDE: (size_out,)} if dora else {}
+        have = {kind: tensor.shape for kind, tensor in tensors.items()}
+        if have != expected:
+            wrong.append(f"{modules[layer]} has {_shown(have)}, expected {_shown(expected)}")
+    if dora and len(layers) < count:
+        wrong.append(f"DoRA in {len(layers)} of {count} layers of {modules[0]}; expected all")
+    if wrong:
+        raise WeightsError(f"{folder}: {'; '.join(wrong[:_SHOWN])}")
+    rank = max(ranks[layer] for layer in layers)
+    a, b = np.zeros((count, size_in, rank), np.float32), np.zeros((count, rank, size_out), np.float32)
+    for layer, tensors in layers.items():
+        a[layer, :, : ranks[layer]], b[layer, : ranks[layer]] = tensors[A].T, tensors[B].T
+    scale = np.array([alphas[layer] / _divisor(ranks[layer], rslora) for layer in modules], np.float32)
+    site = {A: jnp.asarray(a), B: jnp.asarray(b), SCALE: jnp.asarray(scale)}
+    if dora:
+        site[MAGNITUDE] = jnp.asarray(np.stack([layers[layer][MAGNITUDE] for layer in modules]))
+    return site
+
+
+def _shown(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{kind} {list(shape)}" for kind, shape in shapes.items()) or "nothing"
+
+
+def save_adapter(
+    folder: str | Path,
+    config: DecoderConfig,
+    adapters: PyTree,
+    *,
+    learned: PyTree = None,
+    rslora: bool = False,
+    base: str | None = None,
+) -> None:
+    """Write a folder that PEFT loads; process 0 writes, the others help to gather.
+
+    Layers whose factors are both zero beside others that are not are left out: they were never adapted.
+
+    Args:
+      config: of the base.
+      learned: other variables that were trained whole: a reward model's head, or nothing.
+      rslora: write scales as alpha / sqrt(r).
+      base: name of the base.
+
+    Raises:
+      WeightsError: leaves that PEFT's format has no name for.
+    """
+    folder, names = Path(folder), {place: module for module, place in _modules(config).items()}
+    tensors: dict[str, np.ndarray] = {}
+    numbers: dict[str, tuple[int, float]] = {}
+    dora = []
+    for path, site in adapter_sites(adapters).items():
+        host = {kind: _on_host(leaf) for kind, leaf in site.items()}
+        used = [layer for layer in range(host[A].shape[0]) if host[A][layer].any() or host[B][layer].any()]
+        for layer in used or range(host[A].shape[0]):
+            if (module := names.get(_Module(path, layer))) is None:
+                raise WeightsError(f"{path}: the checkpoint has no module of its own for it, so PEFT cannot adapt it")
+            for kind in host.keys() & _ENDS.keys():
+                tensors[_PREFIX + module + _ENDS[kind]] = np.ascontiguousarray(host[kind][layer].T)
+            rank = host[A].shape[-1]
+            numbers[module] = rank, _alpha(host[SCALE][layer], _divisor(rank, rslora))
+        dora.append(MAGNITUDE in host)
+    if len(set(dora)) != 1:
+        raise WeightsError(f"adapters of {len(dora)} layers, {sum(dora)} of them DoRA; PEFT has all or none")
+    for name, leaf in named_leaves(learned).items():
+        if name != _SCORE:
+            raise WeightsError(f"{name} was trained whole; an adapter's folder holds a reward model's head only")
+        tensors[_PREFIX + weight_table(config)[name].name] = np.ascontiguousarray(_on_host(leaf).astype(np.float32))
+    options = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if config.reward else "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "target_modules": _targets(list(numbers), list(names.values())),
+        "use_rslora": rslora,
+        "use_dora": dora[0],
+        "modules_to_save": ["score"] if learned else None,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        **_numbers(numbers),
+    }
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        beside = folder / f"{WEIGHTS_FILE}.partial"
+        save_file(tensors, beside, metadata={"format": "pt"})
+        beside.replace(folder / WEIGHTS_FILE)
+        (folder / CONFIG_FILE).write_text(json.dumps(options, indent=1) + "\n")
+
+
+def _on_host(array: Any) -> np.ndarray:
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
+
+
+def _alpha(scale: np.float32, divisor: float) -> float:
+    """The shortest alpha that gives this scale back exactly."""
+    value = float(scale) * divisor
+    for digits in range(1, 12):
+        short = float(f"{value:.{digits}g}")
+        if np.float32(short / divisor) == scale:
+            return int(short) if short.is_integer() else short
+    return value
+
+
+def _end(module: str) -> str:
+    """Name of a module inside its layer: what follows the layer's number."""
+    return re.split(r"\.\d+\.", module, maxsplit=1)[-1]
+
+
+def _targets(adapted: list[str], modules: list[str]) -> list[str]:
+    """The shortest ends of names that select the adapted modules and no others."""
+
+    def last(module: str) -> str:
+        return module.rsplit(".", 1)[-1]
+
+    for shorten in (last, _end):
+        chosen: Callable[[str], str] = shorten
+        ends = {chosen(module) for module in adapted}
+        if {module for module in modules if chosen(module) in ends} == set(adapted):
+            return sorted(ends)
+    return sorted(adapted)
+
+
+def _numbers(numbers: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+    """r and alpha that most modules have, and patterns for the others, for all layers at once where they agree."""
+    most = [Counter(values).most_common(1)[0][0] for values in zip(*numbers.values())]
+    patterns: list[dict[str, Any]] = [{}, {}]
+    for which, pattern in enumerate(patterns):
+        by_end: dict[str, dict[str, Any]] = {}
+        for module, values in numbers.items():
+            by_end.setdefault(_end(module), {})[module] = values[which]
+        for end, values in by_end.items():
+            if len(set(values.values())) == 1:
+                values = {end: next(iter(values.values()))}
+            pattern |= {re.escape(name): value for name, value in values.items() if value != most[which]}
+    return {"r": most[0], "lora_alpha": most[1], "rank_pattern": patterns[0], "alpha_pattern": patterns[1]}

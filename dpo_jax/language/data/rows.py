@@ -15,34 +15,34 @@ from it, as single steps that do not end the answer. Further keys that hold numb
 columns; other keys are left aside.
 """
 
-import gzip
-import json
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from dpo_jax.rows import (
+    OnBadRow,
+    Reason,
+    Record,
+    RowError,
+    SkippedRow,
+    is_numeric,
+    json_records,
+    kind_of,
+    numeric_column,
+    require_text,
+)
+
 HUMAN_TURN = "\n\nHuman:"
 ASSISTANT_TURN = "\n\nAssistant:"
-FLOAT32_MAX = 3.4e38
 
 Message = Mapping[str, str]
 Prompt = str | tuple[Message, ...]
-OnBadRow = Literal["error", "skip"]
 Form = Literal["pairs", "triples", "singles", "mismatched", "revisions", "lists"]
 
 # Keys under which known data sets have a column.
 COLUMN_ALIASES = {"label": "labels", "score_chosen": "chosen_score", "score_rejected": "rejected_score"}
 PREFIX_KEYS = ("prefix", "initial_reason_steps")
-
-
-class RowError(ValueError):
-    """A bad row: the file, its number there (1 for the first line) and the reason."""
-
-    def __init__(self, file: str, number: int, reason: str):
-        super().__init__(f"{file}, row {number}: {reason}")
-        self.file, self.number, self.reason = file, number, reason
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,6 @@ class PreferenceRow:
     form: Form = "pairs"
     prefix: str = ""
     contexts: tuple[tuple[Message, ...], ...] = ()
-
-
-class SkippedRow(NamedTuple):
-    """A bad row that was left out."""
-
-    file: str
-    number: int
-    reason: str
 
 
 class RowsRead(NamedTuple):
@@ -112,10 +104,7 @@ def check_rows(rows: Iterable[Mapping[str, Any]], *, name: str = "rows", on_bad_
     return _check(((name, number, row) for number, row in enumerate(rows, 1)), on_bad_row)
 
 
-_Record = tuple[str, int, Any]  # file, number, and either a row or the RowError that stands in its place
-
-
-def _check(records: Iterable[_Record], on_bad_row: OnBadRow) -> RowsRead:
+def _check(records: Iterable[Record], on_bad_row: OnBadRow) -> RowsRead:
     rows: list[PreferenceRow] = []
     skipped: list[SkippedRow] = []
     for file, number, record in records:
@@ -143,8 +132,8 @@ def _require_same_form(row: PreferenceRow, first: PreferenceRow) -> None:
         raise RowError(row.file, row.number, f"{reason}{sorted(first.columns)}; give all rows the same columns")
 
 
-def _records(path: Path) -> Iterator[_Record]:
-    read = _parquet_records if path.suffix == ".parquet" else _json_records
+def _records(path: Path) -> Iterator[Record]:
+    read = _parquet_records if path.suffix == ".parquet" else json_records
     number = 0
     for file, number, record in read(path):
         yield file, number, record
@@ -152,30 +141,7 @@ def _records(path: Path) -> Iterator[_Record]:
         yield str(path), 1, RowError(str(path), 1, "the file has no rows; expected one JSON object per line")
 
 
-def _json_records(path: Path) -> Iterator[_Record]:
-    """One record per line that is not blank; what cannot be read becomes a RowError in its place."""
-    file, number = str(path), 0
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
-        try:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield file, number, _parse_json(line, file, number)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            reason = f"the gzip stream is broken or cut off here ({error}); rows after this point are lost"
-            yield file, number + 1, RowError(file, number + 1, reason)
-
-
-def _parse_json(line: bytes, file: str, number: int) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except UnicodeDecodeError as error:
-        reason = f"expected UTF-8, but byte {error.start} of the line is 0x{line[error.start]:02x}"
-    except (ValueError, RecursionError) as error:
-        reason = f"expected one JSON object on this line ({error})"
-    return RowError(file, number, reason)
-
-
-def _parquet_records(path: Path) -> Iterator[_Record]:
+def _parquet_records(path: Path) -> Iterator[Record]:
     from pyarrow import ArrowException, parquet
 
     file, number = str(path), 0
@@ -197,31 +163,27 @@ def parse_row(row: Any, *, file: str = "row", number: int = 1) -> PreferenceRow:
     """
     try:
         if not isinstance(row, Mapping):
-            raise _Reason(f"expected an object with a prompt and completions, got {_kind(row)}")
+            raise Reason(f"expected an object with a prompt and completions, got {kind_of(row)}")
         row = {key: value for key, value in row.items() if value is not None}  # Parquet fills absent keys with None
         form, used, prompt, completions, scores = _prompt_and_completions(row)
         for name, text in zip(_completion_names(used, len(completions)), completions):
-            _require_text(name, text)
+            require_text(name, text)
             if not text.strip():
-                raise _Reason(f"{name} is empty; expected text")
+                raise Reason(f"{name} is empty; expected text")
         if (repeated := len(completions) - len(set(completions))) > 0:
             what = "chosen and rejected are equal" if "chosen" in used else f"{repeated} completions are repeated"
-            raise _Reason(f"{what}; expected different texts")
+            raise Reason(f"{what}; expected different texts")
         prefix, used = _prefix(row, used)
-        columns = {str(k): _column(k, v) for k, v in row.items() if k not in used and _is_numeric(v)}
+        columns = {str(k): numeric_column(k, v) for k, v in row.items() if k not in used and is_numeric(v)}
         columns = {COLUMN_ALIASES.get(k, k): v for k, v in columns.items()}
         if scores is not None:
-            columns["scores"] = _column("score", scores)
+            columns["scores"] = numeric_column("score", scores)
         _require_sound_columns(form, columns, len(completions))
-    except _Reason as reason:
+    except Reason as reason:
         raise RowError(file, number, str(reason)) from None
     except RecursionError:
         raise RowError(file, number, "its lists are nested too deeply") from None
     return PreferenceRow(prompt, completions, columns, file, number, form, prefix)
-
-
-class _Reason(Exception):
-    """Why a row is bad; `parse_row` adds where it stands."""
 
 
 class _Parts(NamedTuple):
@@ -250,7 +212,7 @@ def _sides(row: Mapping[str, Any]) -> _Parts:
     """A pair or a triple."""
     _require_keys(row, ("chosen", "rejected"))
     gold = next((name for name in ("gold", "reference") if isinstance(row.get(name), (str, list, tuple))), None)
-    gold = None if gold == "reference" and _is_numeric(row[gold]) else gold
+    gold = None if gold == "reference" and is_numeric(row[gold]) else gold
     sides = {name: row[name] for name in ("chosen", "rejected", *((gold,) if gold else ()))}
     form: Form = "triples" if gold else "pairs"
     if "prompt" not in row:
@@ -260,7 +222,7 @@ def _sides(row: Mapping[str, Any]) -> _Parts:
     # Some data sets repeat the turns of a text prompt in front of all answers; then these turns are the prompt.
     if isinstance(given, str) and answers[0][0] is not None:
         if any(before != answers[0][0] for before, _ in answers):
-            raise _Reason("the messages before the last one differ between chosen and rejected")
+            raise Reason("the messages before the last one differ between chosen and rejected")
         prompt = answers[0][0]
     return _Parts(form, ("prompt", *sides), prompt, tuple(text for _, text in answers))
 
@@ -269,22 +231,22 @@ def _list(row: Mapping[str, Any], key: str) -> _Parts:
     _require_keys(row, ("prompt", key))
     values = row[key]
     if not isinstance(values, (list, tuple)) or not values:
-        raise _Reason(f"{key} should be a list of at least one text, got {_kind(values)}")
+        raise Reason(f"{key} should be a list of at least one text, got {kind_of(values)}")
     prompt, texts, scores = _prompt(row["prompt"]), [], []
     for i, value in enumerate(values):
         if isinstance(value, Mapping):
             if "text" not in value:
-                raise _Reason(
+                raise Reason(
                     f'{key}[{i}] should be text or {{"text", "score"}}, got the keys {sorted(map(str, value))}'
                 )
             if "score" in value:
-                if not _is_numeric(value["score"]) or isinstance(value["score"], (list, tuple)):
-                    raise _Reason(f"{key}[{i}].score should be a number, got {_kind(value['score'])}")
+                if not is_numeric(value["score"]) or isinstance(value["score"], (list, tuple)):
+                    raise Reason(f"{key}[{i}].score should be a number, got {kind_of(value['score'])}")
                 scores.append(value["score"])
             value = value["text"]
         texts.append(_answer(f"{key}[{i}]", value, prompt)[1])
     if scores and len(scores) < len(texts):
-        raise _Reason(f"{len(scores)} of {len(texts)} items of {key} have a score; expected all or none")
+        raise Reason(f"{len(scores)} of {len(texts)} items of {key} have a score; expected all or none")
     return _Parts("lists", ("prompt", key), prompt, tuple(texts), scores or None)
 
 
@@ -292,7 +254,7 @@ def _prefix(row: Mapping[str, Any], used: tuple[str, ...]) -> tuple[str, tuple[s
     """The beginning of the answer that a row gives, and the keys used up to here."""
     for key in PREFIX_KEYS:
         if isinstance(row.get(key), str):
-            _require_text(key, row[key])
+            require_text(key, row[key])
             return row[key], (*used, key)
     return "", used
 
@@ -300,11 +262,11 @@ def _prefix(row: Mapping[str, Any], used: tuple[str, ...]) -> tuple[str, tuple[s
 def _require_sound_columns(form: Form, columns: Mapping[str, Any], count: int) -> None:
     """What the names of known columns promise: labels are 0 or 1, a list has a score for each item."""
     if "labels" in columns and columns["labels"] not in (0, 1):
-        raise _Reason(f"label is {columns['labels']!r}; expected true or false (1 or 0)")
+        raise Reason(f"label is {columns['labels']!r}; expected true or false (1 or 0)")
     scores = columns.get("scores")
     if form == "lists" and scores is not None and (not isinstance(scores, (list, tuple)) or len(scores) != count):
         given = len(scores) if isinstance(scores, (list, tuple)) else "no list of"
-        raise _Reason(f"{given} scores for {count} completions; expected one number for each")
+        raise Reason(f"{given} scores for {count} completions; expected one number for each")
 
 
 def _completion_names(used: tuple[str, ...], count: int) -> Sequence[str]:
@@ -319,12 +281,12 @@ def _require_keys(row: Mapping[str, Any], keys: tuple[str, ...]) -> None:
                 "prompt + chosen + rejected, chosen + rejected, prompt + gold + chosen + rejected, "
                 "prompt + completion, prompt + completions, or prompt + responses"
             )
-            raise _Reason(f"no {key!r} among the keys {sorted(map(str, row))}; expected {forms}")
+            raise Reason(f"no {key!r} among the keys {sorted(map(str, row))}; expected {forms}")
 
 
 def _prompt(value: Any) -> Prompt:
     if isinstance(value, str):
-        _require_text("prompt", value)
+        require_text("prompt", value)
         return value
     return _messages("prompt", value)
 
@@ -335,12 +297,12 @@ def _answer(name: str, value: Any, prompt: Prompt) -> tuple[tuple[Message, ...] 
         return None, value
     *before, last = _messages(name, value)
     if last["role"] != "assistant":
-        raise _Reason(f"{name} should end with an assistant message, got the role {last['role']!r}")
+        raise Reason(f"{name} should end with an assistant message, got the role {last['role']!r}")
     if not before:
         return None, last["content"]
     repeats = tuple(before) == prompt if not isinstance(prompt, str) else before[-1]["content"] == prompt
     if not repeats:
-        raise _Reason(f"{name} has messages before its last one that are not those of the prompt")
+        raise Reason(f"{name} has messages before its last one that are not those of the prompt")
     return tuple(before), last["content"]
 
 
@@ -348,7 +310,7 @@ def _split_dialogues(sides: Mapping[str, Any]) -> tuple[Prompt, tuple[str, ...]]
     """Shared prompt and last assistant turns of two dialogues, message lists or text."""
     parts = [_split_dialogue(name, value) for name, value in sides.items()]
     if any(prompt != parts[0][0] for prompt, _ in parts):
-        raise _Reason("chosen and rejected differ before the last assistant turn; expected one shared prompt")
+        raise Reason("chosen and rejected differ before the last assistant turn; expected one shared prompt")
     return parts[0][0], tuple(completion for _, completion in parts)
 
 
@@ -356,61 +318,23 @@ def _split_dialogue(name: str, value: Any) -> tuple[Prompt, str]:
     if not isinstance(value, str):
         *before, last = _messages(name, value)
         if last["role"] != "assistant" or not before:
-            raise _Reason(f"there is no prompt, so {name} should be messages that end with an answer by the assistant")
+            raise Reason(f"there is no prompt, so {name} should be messages that end with an answer by the assistant")
         return tuple(before), last["content"]
     head, turn, completion = value.rpartition(ASSISTANT_TURN)
     if not turn:
-        raise _Reason(f"there is no prompt, and {name} has no turn {ASSISTANT_TURN!r} to split at")
+        raise Reason(f"there is no prompt, and {name} has no turn {ASSISTANT_TURN!r} to split at")
     if HUMAN_TURN in completion:
-        raise _Reason(f"{name} should end with a turn {ASSISTANT_TURN!r}, but ends with {HUMAN_TURN!r}")
-    _require_text(name, value)
+        raise Reason(f"{name} should end with a turn {ASSISTANT_TURN!r}, but ends with {HUMAN_TURN!r}")
+    require_text(name, value)
     return head + turn, completion
 
 
 def _messages(name: str, value: Any) -> tuple[Message, ...]:
     if not isinstance(value, (list, tuple)) or not value:
-        raise _Reason(f"{name} should be text or a list of messages, got {_kind(value)}")
+        raise Reason(f"{name} should be text or a list of messages, got {kind_of(value)}")
     for i, message in enumerate(value):
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-            raise _Reason(f'{name}[{i}] should be a message {{"role", "content"}}, got {_kind(message)}')
+            raise Reason(f'{name}[{i}] should be a message {{"role", "content"}}, got {kind_of(message)}')
         for key in ("role", "content"):
-            _require_text(f"{name}[{i}].{key}", message[key])
+            require_text(f"{name}[{i}].{key}", message[key])
     return tuple({"role": message["role"], "content": message["content"]} for message in value)
-
-
-def _require_text(name: str, value: Any) -> None:
-    if not isinstance(value, str):
-        raise _Reason(f"{name} should be text, got {_kind(value)}")
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            raise _Reason(f"{name} holds half of a surrogate pair, which is no text") from None
-
-
-def _is_numeric(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return bool(value) and all(map(_is_numeric, value))
-    return isinstance(value, (bool, int, float))
-
-
-def _column(name: str, value: Any) -> Any:
-    """The value as it is, if all of its numbers are finite and fit a float32."""
-    for number in _flat(value):
-        if not abs(number) <= FLOAT32_MAX:  # also true of nan
-            what = number if isinstance(number, float) else "a huge integer"
-            raise _Reason(f"column {name!r} holds {what}; expected finite numbers")
-    return value
-
-
-def _flat(value: Any) -> Iterator[bool | int | float]:
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _flat(item)
-    else:
-        yield value
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
-    return "an empty list" if value == [] else names.get(type(value), type(value).__name__)

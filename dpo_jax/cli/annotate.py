@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from dpo_jax.cli.console import UsageError, say
 from dpo_jax.cli.data import Prepared, Wanted, layout_of
-from dpo_jax.cli.models import OpenModel, open_model
+from dpo_jax.cli.models import OpenModel, is_reward_model, open_model
 from dpo_jax.cli.processes import is_first, true_everywhere
 from dpo_jax.language.data.annotate import (
     content_key,
@@ -28,7 +28,9 @@ from dpo_jax.language.data.annotate import (
     with_column,
 )
 from dpo_jax.language.data.batches import epoch_batches
-from dpo_jax.language.types import Batch, Example
+from dpo_jax.language.data.columns import value_of
+from dpo_jax.language.score import rewards
+from dpo_jax.language.types import COMPLETIONS, Batch, Example
 from dpo_jax.types import PyTree
 
 Says = Callable[[PyTree, Batch], jax.Array]  # (variables, batch) -> [B, ...]
@@ -55,6 +57,8 @@ def annotate(data: Prepared, wanted: Wanted, config: Any, mesh: Mesh, out: Path)
         data = _with_logps(data, "contrastive_logps", models, says, config, mesh, out)
     if frozen.embedding_model:
         data = _with_embeddings(data, missing, config, mesh)
+    if frozen.reward_model:
+        data = _with_scores(data, wanted, missing, config, mesh)
     return data
 
 
@@ -109,6 +113,37 @@ def _with_embeddings(data: Prepared, missing: Sequence[str], config: Any, mesh: 
         most_steps = 1 + max(int(np.max(example.columns["step_ids"])) for example in every)
         data = _both_parts(data, similarities)
     return data
+
+
+def _with_scores(data: Prepared, wanted: Wanted, missing: Sequence[str], config: Any, mesh: Mesh) -> Prepared:
+    """Scores by a reward model, and the columns that are made of them."""
+    model = open_model(config.frozen.reward_model, config.model, reward=True)
+    if not is_reward_model(model.folder):
+        raise UsageError(
+            f"--reward-model {model.folder} has no reward head; train one with `dpo-jax train reward-model`"
+        )
+    variables = model.load(mesh)
+
+    def says(variables: PyTree, batch: Batch) -> jax.Array:
+        return rewards(partial(model.apply_fn, variables), batch)
+
+    def scored(example: Example, values: np.ndarray) -> Example:
+        numbers = values[: sum(len(ids) > 0 for ids in example.completions)].tolist()
+        names = COMPLETIONS[wanted.form]
+        given = {f"{name}_score": number for name, number in zip(names, numbers)} if names else {"scores": numbers}
+        made = {name: value_of(name, {**example.columns, **given}) for name in missing}
+        arrays = {
+            name: np.pad(np.asarray(v, np.float32), (0, len(values) - len(v))) if isinstance(v, list) else np.float32(v)
+            for name, v in made.items()
+            if v is not None
+        }
+        return replace(example, columns={**example.columns, **arrays})
+
+    def annotated(examples: list[Example], multiple: int) -> list[Example]:
+        found = _said(examples, multiple, says, variables, config, mesh)
+        return [scored(example, np.asarray(values)) for example, values in zip(examples, found, strict=True)]
+
+    return _both_parts(data, annotated)
 
 
 def _said(

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dpo_jax.cli.catalogue import Method, initial_loss_state
-from dpo_jax.cli.configs import DataConfig, LoopConfig, MeshConfig
+from dpo_jax.cli.configs import AdapterConfig, DataConfig, LoopConfig, MeshConfig
 from dpo_jax.cli.console import UsageError
 from dpo_jax.cli.data import wanted_by
+from dpo_jax.language.data.columns import sources_of
 from dpo_jax.language.objectives import column_names, loss_needs, origin
 from dpo_jax.optimizers import OptimizerConfig
 from dpo_jax.sharding import make_mesh
@@ -39,6 +40,7 @@ _RANGES = {
     "keep": (1, float("inf")),
     "reference_update_every": (0, float("inf")),
     "reference_update_rate": (0, 1),
+    "lora_rank": (0, float("inf")),
     "warmup": (0, float("inf")),
     "final_learning_rate": (0, 1),
     "weight_decay": (0, float("inf")),
@@ -49,6 +51,7 @@ _RANGES = {
 _OPEN_RANGES = {
     "epochs": (0, float("inf")),
     "ema_decay": (0, 1),
+    "lora_alpha": (0, float("inf")),
     "learning_rate": (0, float("inf")),
     "epsilon": (0, float("inf")),
     "b1": (-1e-30, 1),
@@ -70,11 +73,12 @@ def check_options(method: Method, config: Any) -> None:
     ]
     if missing:
         raise UsageError(f"train {method.slug} needs {', '.join(missing)}")
-    for part in (config.data, config.loop, config.optimizer):
+    for part in (config.adapters, config.data, config.loop, config.optimizer):
         check_ranges(part)
     _check_optimizer(config.optimizer)
     _check_data_and_loop(config.data, config.loop)
     _check_reference(method, config)
+    _check_adapters(config)
     _check_frozen(method, config)
 
 
@@ -89,6 +93,7 @@ def _check_frozen(method: Method, config: Any) -> None:
             config.frozen.embedding_model,
             "semantic_distance" in columns or "step_similarity" in columns,
         ),
+        "--reward-model": (config.frozen.reward_model, any("score" in n for c in columns for n in sources_of(c))),
         "--step-delimiter": (config.data.step_delimiter, "step_ids" in columns),
         "--revision-instruction": (
             config.data.revision_instruction != DataConfig.revision_instruction,
@@ -168,6 +173,32 @@ def _check_reference(method: Method, config: Any) -> None:
         raise UsageError(f"{', '.join(given)} has no effect: {method.slug} reads no reference")
     if config.loop.reference_update_every and config.model.reference == "columns":
         raise UsageError("--reference-update-every has no effect with --reference columns: columns do not move")
+
+
+def _check_adapters(config: Any) -> None:
+    """Raise UsageError for options of adapters without any, and for what adapters cannot do."""
+    chosen, usual = config.adapters, AdapterConfig()
+    names = ("lora_alpha", "lora_targets", "rslora", "dora")
+    given = [option(name) for name in names if getattr(chosen, name) != getattr(usual, name)]
+    if chosen.adapter is not None:
+        if given := given + (["--lora-rank"] if chosen.lora_rank else []):
+            raise UsageError(f"{', '.join(given)} has no effect with --adapter: its folder says it")
+    elif not chosen.lora_rank:
+        if given:
+            raise UsageError(f"{', '.join(given)} has no effect without --lora-rank")
+        return
+    if config.model.reference_model is not None and config.model.reference == "model":
+        raise UsageError(
+            "--reference-model needs a second frozen base beside that of the adapters; "
+            "give --reference columns, or leave it out: the base is then the reference"
+        )
+    if config.loop.reference_update_every and config.loop.reference_update_rate < 1:
+        raise UsageError(
+            f"--reference-update-rate {config.loop.reference_update_rate:g} would mix the factors of adapters and not "
+            "their products; give 1"
+        )
+    if config.optimizer.optimizer == "muon":
+        raise UsageError("--optimizer muon has no effect on adapters: it moves whole kernels; give another")
 
 
 def check_loss_options(method: Method, config: Any) -> None:

@@ -12,6 +12,7 @@ from dpo_jax import __version__
 from dpo_jax.cli.catalogue import Method, options_class
 from dpo_jax.cli.console import OutputConfig, UsageError
 from dpo_jax.language.data.forms import REVISION
+from dpo_jax.lora import LoraConfig
 from dpo_jax.optimizers import OptimizerConfig
 
 Config = TypeVar("Config")
@@ -34,9 +35,27 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type that the model computes in; log-probs and losses are always float32."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the parameters and of the optimizer's moments."""
+    """Type of the parameters and of the optimizer's moments; adapters are float32."""
     remat: Literal["none", "dots", "full"] = "none"
     """What a layer's backward pass computes again to save memory: nothing, all but matrix products, everything."""
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Low-rank adapters instead of the whole model; the frozen base is then the reference and costs no memory."""
+
+    lora_rank: int = 0
+    """Rank of the adapters; 0 trains the whole model. Adapters want about ten times its learning rate."""
+    lora_alpha: float | None = None
+    """Numerator of the adapters' scale; twice the rank by default."""
+    lora_targets: str = LoraConfig.targets
+    """Regular expression of the path names of the kernels that are adapted; by default all in the layers."""
+    rslora: bool = False
+    """Divide alpha by the root of the rank instead of the rank (arXiv 2312.03732)."""
+    dora: bool = False
+    """Learn each output's norm apart from its direction (arXiv 2402.09353)."""
+    adapter: str | None = None
+    """Folder of an adapter in PEFT's format to go on from; rank, scale and targets are those of the folder."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +94,8 @@ class FrozenConfig:
     """Model fine-tuned on right answers, for contrastive token scores."""
     negative_model: str | None = None
     """Model fine-tuned on wrong answers, for contrastive token scores."""
+    reward_model: str | None = None
+    """Sequence-classification checkpoint with one label, whose rewards are the scores of the completions."""
     embedding_model: str | None = None
     """Model whose mean hidden states are the embeddings of texts and steps."""
 
@@ -121,7 +142,8 @@ class LoopConfig:
     keep: int = 3
     """Checkpoints that are kept."""
     export: bool = True
-    """Write the trained model as a Hugging Face folder OUT/export at the end."""
+    """Write the trained model as a Hugging Face folder OUT/export at the end; adapters are merged into it, and stand
+    alone in OUT/adapter in PEFT's format."""
     ema_decay: float | None = None
     """Keep a moving average of the parameters with this decay; it is what is exported."""
     reference_update_every: int = 0
@@ -135,6 +157,7 @@ def train_config_class(chosen: Method) -> type:
     loss = options_class(chosen)
     parts = {
         "model": ModelConfig,
+        "adapters": AdapterConfig,
         "data": DataConfig,
         "frozen": FrozenConfig,
         "loss": loss,

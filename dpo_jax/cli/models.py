@@ -42,6 +42,11 @@ class OpenModel:
         return hashlib.blake2b(repr(facts).encode(), digest_size=12).hexdigest()
 
 
+def is_reward_model(folder: Path) -> bool:
+    """Whether a checkpoint has a reward head of its own."""
+    return config_from_hf(read_config(folder), place=str(folder / "config.json")).reward
+
+
 def open_model(model: str, options: ModelConfig, *, reward: bool = False) -> OpenModel:
     """Open a folder or hub id; reads its config and tokenizer, not yet its weights.
 

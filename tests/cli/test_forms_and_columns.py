@@ -49,6 +49,7 @@ def test_rows_are_turned_into_the_form_of_the_method(method, form, said, world, 
         ("sem-dpo", "pairs", (), "`semantic_distance`: give each row `semantic_distance`, or --embedding-model"),
         ("madpo", "triples", (), "`chosen_score`: give each row `chosen_score` and `rejected_score`"),
         ("robust-shift", "triples", (), "`calibration`: give each row `calibration`, or `golden`"),
+        ("dpo", "pairs", ("--reward-model", "x"), "--reward-model has no effect"),
         ("dpo", "pairs", ("--guidance-model", "x"), "--guidance-model has no effect: dpo reads nothing"),
         ("dpo", "pairs", ("--step-delimiter", ";"), "--step-delimiter has no effect"),
         ("dpo", "pairs", ("--revision-instruction", "x"), "--revision-instruction has no effect"),
@@ -96,6 +97,21 @@ def test_a_reward_model_is_trained_and_exported(world, tmp_path):
     assert found[-1] < 0.6 * found[0] and answer.result["accuracy_train"] > 0.8
     exported = read_config(out / "export")
     assert exported["architectures"] == ["LlamaForSequenceClassification"]
+    scored = command(
+        *("train", "madpo", "--model", world.model, "--data", world.rows["triples"], "--out", tmp_path / "scored"),
+        *("--steps", 2, "--batch-size", 8, "--reward-model", out / "export"),
+    )
+    assert scored.code == 0, scored.err
+    lists = command(
+        *("train", "adpo", "--model", world.model, "--data", world.rows["lists"], "--out", tmp_path / "lists"),
+        *("--steps", 2, "--batch-size", 8, "--reward-model", out / "export"),
+    )
+    assert lists.code == 0, lists.err
+    headless = command(
+        *("train", "madpo", "--model", world.model, "--data", world.rows["triples"], "--out", tmp_path / "headless"),
+        *("--reward-model", world.model),
+    )
+    assert headless.code == 2 and "has no reward head" in headless.err
     # A reward model goes on as one, and is no policy.
     more = command(
         "train", "bradley-terry", *fixed[:1], out / "export", *fixed[2:4], "--out", tmp_path / "more", "--steps", 1

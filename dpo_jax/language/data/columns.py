@@ -5,7 +5,7 @@ What a frozen model says of a row is made by `annotate`; this file needs no mode
 
 import math
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -54,11 +54,11 @@ def win_probability(index: int, scores: Sequence[float]) -> float:
     return sum(_sigmoid(scores[index] - other) for other in scores) / len(scores)
 
 
-_SCORES = "give each row `chosen_score` and `rejected_score`, or a list with scores"
+_SCORES = "give each row `chosen_score` and `rejected_score`, or a list with scores, or --reward-model"
 
 RECIPES: dict[str, Recipe] = {
     "labels": Recipe((), None, "give each row `label`, true or false, or give pairs"),
-    "scores": Recipe((), None, "give each list `scores`, or items with a `score`"),
+    "scores": Recipe((), None, "give each list `scores`, or items with a `score`, or --reward-model"),
     "chosen_score": Recipe((), None, _SCORES),
     "rejected_score": Recipe((), None, _SCORES),
     "margin": Recipe(("chosen_score", "rejected_score"), lambda w, l: w - l, f"give each row `margin`, or {_SCORES}"),
@@ -123,23 +123,37 @@ def with_columns(rows: Sequence[PreferenceRow], wanted: Collection[str]) -> list
 
 def _with_column(rows: list[PreferenceRow], name: str) -> list[PreferenceRow]:
     recipe = RECIPES.get(name)
-    if recipe is None:
+    if recipe is not None and name in _OF_ALL_ROWS and all(n in rows[0].columns for n in recipe.needs):
+        values = _OF_ALL_ROWS[name](rows)
+    else:
+        values = [value_of(name, row.columns) for row in rows]
+    if any(value is None for value in values):
         return rows
-    for needed in recipe.needs:
-        if needed not in rows[0].columns:
-            rows = _with_column(rows, needed)
-    if any(needed not in rows[0].columns for needed in recipe.needs):
-        return rows
+    return [replace(row, columns={**row.columns, name: value}) for row, value in zip(rows, values)]
+
+
+def value_of(name: str, columns: Mapping[str, Any]) -> Any:
+    """A column's value from the others of its row, or None if no recipe leads there.
+
+    Raises:
+      ColumnError: values of another kind than the recipe reads.
+    """
+    recipe = RECIPES.get(name)
+    if name in columns or recipe is None or recipe.make is None:
+        return columns.get(name)
+    needed = [value_of(other, columns) for other in recipe.needs]
+    if any(value is None for value in needed):
+        return None
     try:
-        if name in _OF_ALL_ROWS:
-            values = _OF_ALL_ROWS[name](rows)
-        elif recipe.make is not None:
-            values = [recipe.make(*(row.columns[needed] for needed in recipe.needs)) for row in rows]
-        else:
-            return rows
+        return recipe.make(*needed)
     except TypeError as error:
         raise ColumnError(f"column {name!r} cannot be made of {', '.join(recipe.needs)} ({error})") from error
-    return [replace(row, columns={**row.columns, name: value}) for row, value in zip(rows, values)]
+
+
+def sources_of(name: str) -> set[str]:
+    """A column and all that recipes make it of."""
+    recipe = RECIPES.get(name)
+    return {name}.union(*(sources_of(other) for other in recipe.needs)) if recipe else {name}
 
 
 def text_features(text: str) -> np.ndarray:

@@ -165,12 +165,12 @@ def _with_mismatched(rows: Sequence[PreferenceRow], seed: int) -> list[Preferenc
 
     Fixed for the run, so that the reference's log-probs of the mismatched completions are columns like all others.
     """
-    order = np.random.default_rng(seed).permutation(len(rows))
+    order = np.random.default_rng(seed).permutation(len(rows)).tolist()
     try:
         following = mismatched_indices([rows[index].prompt for index in order])
     except ValueError as error:
         raise FormError(str(error)) from error
-    lent = dict(zip(order.tolist(), (rows[order[place]].completions[0] for place in following)))
+    lent = dict(zip(order, (rows[order[place]].completions[0] for place in following)))
     return [replace(row, form="mismatched", completions=(row.completions[0], lent[i])) for i, row in enumerate(rows)]
 
 

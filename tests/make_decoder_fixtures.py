@@ -85,12 +85,12 @@ def inputs() -> dict[str, np.ndarray]:
     return {"tokens": tokens, "lengths": lengths, "weights": weights}
 
 
-def torch_numbers(folder: Path) -> dict[str, np.ndarray]:
-    """Logits, log-probs and gradients by torch transformers, float32."""
+def torch_numbers(folder: Path, given: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+    """Logits, log-probs and gradients by torch transformers, float32; `given` as `inputs`, which it is by default."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    given = inputs()
+    given = given or inputs()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     tokens = torch.tensor(given["tokens"], dtype=torch.long)
     kept = torch.arange(tokens.shape[1]) < torch.tensor(given["lengths"])[:, None]

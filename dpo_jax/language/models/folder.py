@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from dpo_jax.language.models.config import DecoderConfig
-from dpo_jax.language.models.families import llama, mistral, qwen
+from dpo_jax.language.models.families import gemma, gpt2, llama, mistral, neox, phi, qwen
 from dpo_jax.language.models.families.keys import Architecture, WeightsError
 
 __all__ = [
@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 # Each has ARCHITECTURES, PREFIX, config_from_hf, config_to_hf and table.
-FAMILIES = (llama, qwen, mistral)
+FAMILIES = (llama, qwen, mistral, gemma, phi, neox, gpt2)
 ARCHITECTURES: Mapping[str, Architecture] = {
     name: architecture for module in FAMILIES for name, architecture in module.ARCHITECTURES.items()
 }

@@ -33,7 +33,9 @@ jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 def logits_of(config, variables, *rows):
     answer = decoder_function(config)(variables, *rows)
-    return jnp.einsum("rld,vd->rlv", answer.hidden, answer.head)
+    logits = jnp.einsum("rld,vd->rlv", answer.hidden, answer.head)
+    logits = logits if answer.bias is None else logits + answer.bias
+    return logits if answer.softcap is None else answer.softcap * jnp.tanh(logits / answer.softcap)
 
 
 jitted_logits = jit(logits_of, static_argnums=0)

@@ -3,6 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+# Names of config.json -> `activation` of `DecoderConfig`.
+GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+
 
 class WeightsError(ValueError):
     """A checkpoint that cannot be read as asked; the message names the folder and every tensor or key concerned."""
@@ -23,6 +26,11 @@ class Architecture(NamedTuple):
 def architecture_name(architectures: Mapping[str, Architecture], family: str, reward: bool) -> str:
     """The name that config.json has for a family's language model or reward model."""
     return next(name for name, known in architectures.items() if known == Architecture(family, reward))
+
+
+def gelu_name(activation: str) -> str:
+    """The name in config.json of an `activation`."""
+    return next(name for name, ours in GELUS.items() if ours == activation)
 
 
 def integer(config: Mapping[str, Any], place: str, key: str, default: int | None = None) -> int:
@@ -82,7 +90,7 @@ def sizes(
     key_value_heads: int | None = None,
     head_dim: int | None = None,
     multiples: bool = False,
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """V, D, F, depth, heads and head_dim, by the names of `DecoderConfig`.
 
     Args:

@@ -15,11 +15,11 @@ ARCHITECTURES = {
 PREFIX = "model."  # of the names of all but the head
 
 
-def common_from_hf(config: Mapping[str, Any], place: str) -> dict[str, Any]:
+def common_from_hf(config: Mapping[str, Any], place: str, *, norm_epsilon: float = 1e-6) -> dict[str, Any]:
     """What Llama and its next of kin read alike, but for sizes: fields of `DecoderConfig`."""
     choice(config, place, "hidden_act", "silu", {"silu": "silu"})
     return {
-        "norm_epsilon": number(config, place, "rms_norm_eps", 1e-6),
+        "norm_epsilon": number(config, place, "rms_norm_eps", norm_epsilon),
         "tie_embeddings": flag(config, place, "tie_word_embeddings", False),
         "initializer_range": number(config, place, "initializer_range", 0.02),
     }

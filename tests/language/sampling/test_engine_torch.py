@@ -14,10 +14,11 @@ from dpo_jax.language.sampling.filters import GREEDY
 from dpo_jax.language.sampling.steps import CachedModel
 
 NEW, EOS = 12, 5
-FIXTURES = [folder for folder in sorted(FOLDER.iterdir()) if (folder / "model.safetensors").exists()]
+# Every whole checkpoint of every group of fixtures; an adapter's folder is none.
+FIXTURES = [weights.parent for weights in sorted(FOLDER.parent.glob("*/*/model.safetensors"))]
 
 
-@pytest.mark.parametrize("folder", FIXTURES, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", FIXTURES, ids=lambda folder: f"{folder.parent.name}-{folder.name}")
 def test_greedy_completions_are_those_of_torch(folder):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM

@@ -1,4 +1,4 @@
-"""Metrics files, progress lines, tables and confidence intervals: what a run tells people; nothing here needs jax."""
+"""Metrics files, progress lines and tables: what a run tells people; nothing here needs jax."""
 
 import json
 import math
@@ -7,8 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import NormalDist, fmean, stdev
-from typing import Any, NamedTuple, SupportsFloat, TextIO
+from typing import Any, SupportsFloat, TextIO
 
 METRICS_FILE = "metrics.jsonl"
 _SHOWN = ("loss", "margin", "accuracy", "tokens_per_second")
@@ -265,95 +264,3 @@ def _duration(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
-
-
-class Interval(NamedTuple):
-    """The bounds of a confidence interval."""
-
-    low: float
-    high: float
-
-
-def wilson_interval(successes: float, total: int, confidence: float = 0.95) -> Interval:
-    """Score interval of a proportion (Wilson 1927), sound near 0 and 1 and for few trials.
-
-        (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n),  z the normal quantile
-
-    Args:
-      successes: in [0, total]; a tie may count one half.
-      total: number of independent trials, at least 1.
-
-    Raises:
-      ValueError: successes lie outside [0, total], total is below 1 or confidence outside (0, 1).
-    """
-    if total < 1 or not 0 <= successes <= total:
-        raise ValueError(f"{successes} successes of {total} trials; give 0 <= successes <= total and total >= 1")
-    z = NormalDist().inv_cdf(_upper(confidence))
-    share, spread = successes / total, z * z / total
-    centre = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(share * (1 - share) * spread + spread * spread / 4) / (1 + spread)
-    # At the ends the bound is 0 or 1 exactly; rounding would leave it a little beside.
-    low = 0.0 if successes == 0 else centre - half
-    high = 1.0 if successes == total else centre + half
-    return Interval(low, high)
-
-
-def mean_interval(values: Iterable[float], confidence: float = 0.95) -> Interval:
-    """Student interval of a mean: mean -+ t s / sqrt(n), t the quantile with n - 1 degrees of freedom.
-
-    Exact for normal values, and for many values of any kind that has a variance. One value alone says nothing about
-    its spread: the bounds are infinite.
-
-    Raises:
-      ValueError: there are no values, or confidence is outside (0, 1).
-    """
-    numbers = [float(value) for value in values]
-    if not numbers:
-        raise ValueError("no values to average; give at least one")
-    upper, mean = _upper(confidence), fmean(numbers)
-    if len(numbers) == 1:
-        return Interval(-math.inf, math.inf)
-    half = _student_quantile(upper, len(numbers) - 1) * stdev(numbers) / math.sqrt(len(numbers))
-    return Interval(mean - half, mean + half)
-
-
-def _upper(confidence: float) -> float:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}; give a number between 0 and 1, such as 0.95")
-    return 0.5 + confidence / 2
-
-
-def _student_quantile(probability: float, freedom: int) -> float:
-    """Quantile above the median of Student's t with a whole number of degrees of freedom."""
-    z = NormalDist().inv_cdf(probability)
-    if freedom > 200:
-        # Abramowitz and Stegun 26.7.5; the first term left out is below 1e-9 here for the usual confidences.
-        terms = (
-            (z**3 + z) / 4,
-            (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-            (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-            (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-        )
-        return z + sum(term / freedom ** (order + 1) for order, term in enumerate(terms))
-    # The distribution is a finite sum in the angle atan(t / sqrt(freedom)), which bisection inverts to the last bit.
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        if 0.5 + _within(middle, freedom) / 2 < probability:
-            low = middle
-        else:
-            high = middle
-    return math.tan((low + high) / 2) * math.sqrt(freedom)
-
-
-def _within(angle: float, freedom: int) -> float:
-    """P(|T| <= sqrt(freedom) tan angle), Abramowitz and Stegun 26.7.3 (odd) and 26.7.4 (even)."""
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = freedom % 2
-    term = cosine if odd else 1.0
-    total = 0.0
-    for order in range(freedom // 2):
-        total += term
-        # odd: 1, 2/3, 2 4 / 3 5, ...; even: 1, 1/2, 1 3 / 2 4, ...
-        term *= cosine * cosine * (2 * order + 1 + odd) / (2 * order + 2 + odd)
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total

@@ -39,8 +39,9 @@ from dpo_jax.language.sampling.engine import Engine, generate, make_engine, prom
 from dpo_jax.language.sampling.steps import CachedModel
 from dpo_jax.language.types import Example
 from dpo_jax.optimizers import OptimizerConfig, make_optimizer
-from dpo_jax.report import open_metrics, table, wilson_interval
+from dpo_jax.report import open_metrics, table
 from dpo_jax.sharding import data_shards, make_mesh
+from dpo_jax.statistics import wilson_interval
 from dpo_jax.train import (
     Objective,
     compile_step,

@@ -21,8 +21,9 @@ from dpo_jax.language.evaluate import likelihood_evaluation, preference_evaluati
 from dpo_jax.language.models.decoder import RULES
 from dpo_jax.language.objectives import from_loss
 from dpo_jax.language.types import Example
-from dpo_jax.report import table, wilson_interval
+from dpo_jax.report import table
 from dpo_jax.sharding import data_shards, shard_batch
+from dpo_jax.statistics import wilson_interval
 from dpo_jax.train import compile_eval_step, evaluate_batches, init_state, make_eval_step
 from dpo_jax.types import PyTree
 

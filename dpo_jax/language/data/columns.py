@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.language.data.rows import PreferenceRow
+from dpo_jax.statistics import logistic_regression
 
 FEATURES = 256  # hashed words of a text
 FOLDS = 5  # a row's own label never enters its own estimate
@@ -165,14 +166,13 @@ def text_features(text: str) -> np.ndarray:
     return counts / norm if norm else counts
 
 
-def cross_fitted_logits(features: np.ndarray, labels: np.ndarray, *, l2: float = 1e-2, steps: int = 25) -> np.ndarray:
+def cross_fitted_logits(features: np.ndarray, labels: np.ndarray, *, l2: float = 1e-2) -> np.ndarray:
     """Logit that each row is a positive one, by logistic regressions on the other rows; both classes weigh alike.
 
     Args:
       features: float64 [N, D].
       labels: [N] of 0 and 1.
       l2: of the weights, for one row of weight 1.
-      steps: of Newton's method.
 
     Returns:
       float64 [N]; zero if one class is missing.
@@ -187,13 +187,8 @@ def cross_fitted_logits(features: np.ndarray, labels: np.ndarray, *, l2: float =
         if min(positive, negative) == 0 or not outside.any():
             continue
         share = np.where(labels[inside] > 0, 0.5 / positive, 0.5 / negative)
-        weights, x, y = np.zeros(inputs.shape[1]), inputs[inside], labels[inside]
-        for _ in range(steps):
-            p = 1 / (1 + np.exp(-np.clip(x @ weights, -30, 30)))
-            gradient = x.T @ (share * (p - y)) + l2 / count * weights
-            curvature = (x * (share * p * (1 - p))[:, None]).T @ x + l2 / count * np.eye(len(weights))
-            weights -= np.linalg.solve(curvature, gradient)
-        logits[outside] = np.clip(inputs[outside] @ weights, -30, 30)
+        coefficients = logistic_regression(inputs[inside], labels[inside], weights=share, penalty=l2 / count)
+        logits[outside] = np.clip(inputs[outside] @ coefficients, -30, 30)
     return logits
 
 

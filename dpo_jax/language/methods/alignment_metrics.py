@@ -294,7 +294,7 @@ def bandit_regret(rewards: Array, probs: Array) -> Array:
     return jnp.max(rewards, axis=-1) - jnp.sum(rewards * probs, axis=-1)
 
 
-# Calibration and agreement
+# Calibration
 
 
 def calibration(probs: ArrayLike, labels: ArrayLike, *, bins: int = 10) -> Calibration:
@@ -329,20 +329,6 @@ def calibration(probs: ArrayLike, labels: ArrayLike, *, bins: int = 10) -> Calib
         brier=float(np.mean(np.square(p - y))),
         log_loss=float(log_loss),
     )
-
-
-def cohen_kappa(first: ArrayLike, second: ArrayLike) -> float:
-    """Agreement of two judges beyond chance, (p_o - p_e) / (1 - p_e); nan if both always say the same word. Host.
-
-    Raises:
-      ValueError: no labels, or numbers of labels that differ.
-    """
-    a, b = np.asarray(first), np.asarray(second)
-    if a.size == 0 or a.shape != b.shape:
-        raise ValueError(f"{a.size} and {b.size} labels; give as many of both, at least one")
-    observed = float(np.mean(a == b))
-    chance = sum(float(np.mean(a == label) * np.mean(b == label)) for label in np.union1d(a, b))
-    return (observed - chance) / (1 - chance) if chance < 1 else float("nan")
 
 
 # Texts

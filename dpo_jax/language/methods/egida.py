@@ -22,9 +22,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
+from dpo_jax.statistics import cohen_kappa, generator
 from dpo_jax.types import Array
 
 Row = Mapping[str, Any]
@@ -107,7 +107,7 @@ def split_by_request(rows: Sequence[Row], key: Array, *, test_share: float) -> S
     if not 0 <= test_share <= 1:
         raise ValueError(f"test_share is {test_share}; give a number in [0, 1]")
     requests = list(dict.fromkeys(row["base"] for row in rows))
-    order = _generator(key).permutation(len(requests))
+    order = generator(key).permutation(len(requests))
     held = {requests[i] for i in order[: round(test_share * len(requests))]}
     return _split(rows, lambda row: row["base"] in held)
 
@@ -176,7 +176,7 @@ def build_safety_pairs(
         pair |= {name: row[name] for name in ("style", "topics") if name in row}
         stratum = tuple(tuple(_topics(row)) if name == "topics" else row[name] for name in stratify)
         strata.setdefault(stratum, []).append(pair)
-    rng = _generator(key)
+    rng = generator(key)
     shuffled = [[members[i] for i in rng.permutation(len(members))] for members in strata.values()]
     turns = max(map(len, shuffled), default=0)
     in_turn = [members[turn] for turn in range(turns) for members in shuffled if turn < len(members)]
@@ -217,12 +217,10 @@ def judge_agreement(human: Sequence[bool], judge: Sequence[bool]) -> JudgeAgreem
     h, j = np.asarray(human, bool), np.asarray(judge, bool)
     if not h.size or h.shape != j.shape:
         raise ValueError(f"{h.size} human labels and {j.size} of the judge; give as many of both, at least one")
-    agreement = float(np.mean(h == j))
-    chance = float(h.mean() * j.mean() + (1 - h.mean()) * (1 - j.mean()))
     hits = float(np.sum(h & j))
     return JudgeAgreement(
-        agreement=agreement,
-        kappa=_quotient(agreement - chance, 1 - chance),
+        agreement=float(np.mean(h == j)),
+        kappa=cohen_kappa(h, j),
         precision=_quotient(hits, float(j.sum())),
         recall=_quotient(hits, float(h.sum())),
         f1=_quotient(2 * hits, float(h.sum() + j.sum())),
@@ -235,10 +233,6 @@ def _quotient(numerator: float, denominator: float) -> float:
 
 def _topics(row: Row) -> list[str]:
     return sorted(topic for topic, there in row.get("topics", {}).items() if there)
-
-
-def _generator(key: Array) -> np.random.Generator:
-    return np.random.default_rng(np.asarray(jax.random.bits(key, (4,), "uint32")))
 
 
 def _split(rows: Sequence[Row], is_test: Callable[[Row], bool]) -> Split:

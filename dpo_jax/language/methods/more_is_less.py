@@ -36,6 +36,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from dpo_jax.ops import masked_mean, require_between, require_positive
+from dpo_jax.statistics import logistic_regression
 from dpo_jax.types import Array
 
 MIN_CHARS = 5
@@ -229,7 +230,7 @@ def last_hidden(hidden: Array, mask: Array) -> Array:
 
 
 def linear_probe(chosen: ArrayLike, rejected: ArrayLike, *, l2: float = 0.01) -> LinearProbe:
-    """Logistic regression of chosen (1) against rejected (0) answers by damped Newton steps; the bias has no penalty.
+    """Logistic regression of chosen (1) against rejected (0) answers; the bias has no penalty.
 
     Args:
       chosen, rejected: [N, D] and [M, D] features, one row per answer.
@@ -244,22 +245,7 @@ def linear_probe(chosen: ArrayLike, rejected: ArrayLike, *, l2: float = 0.01) ->
     centre = features.mean(0)  # a shift of all features only moves the bias
     x = np.concatenate([features - centre, np.ones((len(features), 1))], axis=1)
     penalty = np.r_[np.full(a.shape[1], l2), 0.0]
-
-    def objective(w: np.ndarray) -> float:
-        logits = x @ w
-        return float(np.mean(np.logaddexp(0.0, logits) - labels * logits) + 0.5 * penalty @ np.square(w))
-
-    w = np.zeros(x.shape[1])
-    for _ in range(100):
-        p = _sigmoid(x @ w)
-        gradient = x.T @ (p - labels) / len(x) + penalty * w
-        hessian = (x * (p * (1 - p))[:, None]).T @ x / len(x) + np.diag(penalty)
-        step, scale = np.linalg.solve(hessian, gradient), 1.0
-        while scale > 1e-6 and objective(w - scale * step) > objective(w):
-            scale /= 2
-        w = w - scale * step
-        if np.abs(scale * step).max() < 1e-12:
-            break
+    w = logistic_regression(x, labels, weights=np.full(len(x), 1 / len(x)), penalty=penalty)
     return LinearProbe(w[:-1], float(w[-1] - w[:-1] @ centre))
 
 
@@ -308,7 +294,3 @@ def _features(chosen: ArrayLike, rejected: ArrayLike) -> tuple[np.ndarray, np.nd
     if a.ndim != 2 or b.ndim != 2 or not len(a) or not len(b) or a.shape[1] != b.shape[1]:
         raise ValueError(f"features {a.shape} and {b.shape}; give [N, D] and [M, D] with at least one row each")
     return a, b
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return np.exp(-np.logaddexp(0.0, -x))

@@ -9,7 +9,8 @@ preferences and the length-controlled model; Bradley and Terry 1952 and Elo: sta
     Elo             R_a += k (score - 1 / (1 + 10^((R_b - R_a) / 400)))
 
 Everything here runs on the host in float64 NumPy over a whole evaluation set; keys are jax.random's. Arrays are one
-value per prompt [N]. Wilson's interval is `report.wilson_interval(win_rate * N, N)`.
+value per prompt [N]. Wilson's interval is `wilson_interval(win_rate * N, N)` of `statistics`, next to
+`bootstrap_interval` and `sign_test`.
 The model is extrapolated where the answers of one side are always longer: then the controlled rate over-corrects, and
 a warning says so.
 
@@ -24,10 +25,10 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
+from dpo_jax.statistics import generator, logistic_regression, sigmoid
 from dpo_jax.types import Array
 
 MIN_OPPOSITE_SHARE = 0.1  # of prompts whose length difference has the rarer sign
@@ -71,13 +72,6 @@ class ControlledWinRate(NamedTuple):
     opposite_share: float
 
 
-class BootstrapInterval(NamedTuple):
-    """Percentile bounds of a confidence interval."""
-
-    low: float
-    high: float
-
-
 def win_rate(preferences: ArrayLike) -> WinRate:
     """Win rate of a model over a baseline from one preference per prompt.
 
@@ -108,40 +102,6 @@ def position_consistency(model_first: ArrayLike, model_second: ArrayLike) -> flo
     """Share of prompts on which both orders have the same winner (or both none)."""
     first, second = _shares(model_first), _shares(model_second)
     return float(np.mean(np.sign(first - 0.5) == np.sign(second - 0.5)))
-
-
-def bootstrap_interval(
-    values: ArrayLike, key: Array, *, resamples: int = 1000, confidence: float = 0.95
-) -> BootstrapInterval:
-    """Percentile interval of a mean, prompts drawn with replacement.
-
-    Args:
-      values: [N], one per prompt.
-      key: of jax.random.
-      resamples: number of draws of N prompts.
-      confidence: in (0, 1).
-
-    Raises:
-      ValueError: no values, resamples below 1, confidence outside (0, 1).
-    """
-    values = np.asarray(values, np.float64)
-    if values.ndim != 1 or not values.size or resamples < 1 or not 0 < confidence < 1:
-        raise ValueError(f"values {values.shape}, {resamples} resamples, confidence {confidence}; give [N] and (0, 1)")
-    rng = np.random.default_rng(np.asarray(jax.random.bits(key, (4,), "uint32")))
-    means = [values[rng.integers(0, values.size, values.size)].mean() for _ in range(resamples)]
-    low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
-    return BootstrapInterval(float(low), float(high))
-
-
-def sign_test(wins: int, losses: int) -> float:
-    """Exact two-sided p-value of wins against losses under a fair coin; draws are left out."""
-    if wins < 0 or losses < 0:
-        raise ValueError(f"{wins} wins and {losses} losses; give numbers of at least 0")
-    games, term, tail = wins + losses, 1, 0
-    for i in range(min(wins, losses) + 1):  # whole numbers: exact at any size
-        tail += term
-        term = term * (games - i) // (i + 1)
-    return min(1.0, 2 * tail / 2**games)
 
 
 # Length control
@@ -188,8 +148,8 @@ def length_controlled_win_rate(
     spread = difference.std(ddof=1) if share.size > 1 else 0.0
     length = np.tanh(difference / spread) if spread > 0 else np.zeros_like(share)
     features = np.stack([length, hardness, np.ones_like(share)], axis=1)
-    a, g, b = _fit_logistic(features, share, np.full(share.size, 1 / share.size), l2)
-    controlled = float(np.mean(_sigmoid(g * hardness + b)))
+    a, g, b = logistic_regression(features, share, weights=np.full(share.size, 1 / share.size), penalty=l2)
+    controlled = float(np.mean(sigmoid(g * hardness + b)))
     return ControlledWinRate(controlled, float(share.mean()), float(a), float(g), float(b), opposite)
 
 
@@ -252,8 +212,7 @@ def bradley_terry(wins: ArrayLike, *, prior: float = 0.0) -> np.ndarray:
     winner, loser = np.nonzero(counts)
     features = np.eye(players)[winner] - np.eye(players)[loser]
     weights = counts[winner, loser]
-    # The penalty only fixes the common level that games leave free; it is lost in rounding otherwise.
-    strengths = _fit_logistic(features, np.ones(len(weights)), weights / weights.sum(), l2=1e-13)
+    strengths = logistic_regression(features, np.ones(len(weights)), weights=weights / weights.sum())
     return strengths - strengths.mean()
 
 
@@ -277,8 +236,7 @@ def bootstrap_ratings(
       key: of jax.random.
       resamples: number of draws of as many games.
     """
-    rng = np.random.default_rng(np.asarray(jax.random.bits(key, (4,), "uint32")))
-    draws = rng.integers(0, len(games), (resamples, len(games)))
+    draws = generator(key).integers(0, len(games), (resamples, len(games)))
     return np.stack([rate([games[i] for i in draw]) for draw in draws])
 
 
@@ -291,39 +249,3 @@ def _shares(preferences: ArrayLike) -> np.ndarray:
     if not np.all((values >= 1) & (values <= 2)):
         raise ValueError("preferences must be 0 (a draw) or lie in [1, 2]; leave unjudged prompts out")
     return values - 1
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return np.exp(-np.logaddexp(0.0, -x))
-
-
-def _fit_logistic(features: np.ndarray, targets: np.ndarray, weights: np.ndarray, l2: float) -> np.ndarray:
-    """Coefficients of the least weighted log loss plus (l2/2) |w|^2, by damped Newton steps.
-
-    Args:
-      features: [N, D].
-      targets: [N] in [0, 1].
-      weights: [N], summing to 1.
-      l2: above 0, so that the Hessian can be inverted.
-    """
-
-    def objective(w: np.ndarray) -> float:
-        logits = features @ w
-        return float(weights @ (np.logaddexp(0.0, logits) - targets * logits) + 0.5 * l2 * (w @ w))
-
-    w = np.zeros(features.shape[1])
-    value = objective(w)
-    for _ in range(100):
-        p = _sigmoid(features @ w)
-        gradient = features.T @ (weights * (p - targets)) + l2 * w
-        hessian = (features * (weights * p * (1 - p))[:, None]).T @ features + l2 * np.eye(len(w))
-        step = np.linalg.solve(hessian, gradient)
-        scale = 1.0
-        # A full step may leave the region where the quadratic model holds: halve it until the loss falls.
-        while scale > 1e-6 and objective(w - scale * step) > value:
-            scale /= 2
-        moved = w - scale * step
-        if objective(moved) >= value or np.abs(moved - w).max() < 1e-12:
-            break
-        w, value = moved, objective(moved)
-    return w

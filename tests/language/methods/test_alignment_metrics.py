@@ -16,7 +16,6 @@ from dpo_jax.language.methods.alignment_metrics import (
     best_of_n,
     best_of_n_kl,
     calibration,
-    cohen_kappa,
     distinct_n,
     exact_divergences,
     k1_estimate,
@@ -278,15 +277,6 @@ def test_calibration_at_the_ends():
     assert edge.ece == pytest.approx(abs(0.5 - 0.8) / 2)
 
 
-def test_kappa():
-    assert cohen_kappa(list("aabb"), list("aabb")) == 1
-    assert cohen_kappa([0, 0, 1, 1], [0, 1, 0, 1]) == 0
-    assert cohen_kappa([0, 1], [1, 0]) == -1
-    assert math.isnan(cohen_kappa([1, 1], [1, 1])) and cohen_kappa([1, 1], [1, 0]) == 0
-    table = np.repeat([[1, 1], [1, 0], [0, 1], [0, 0]], [20, 5, 10, 15], axis=0)
-    assert cohen_kappa(table[:, 0], table[:, 1]) == pytest.approx(0.4)  # p_o 0.7, p_e 0.5
-
-
 def test_texts():
     found = text_statistics(["abcd", "", "ab"], truncated=[True, False, False])
     assert found == pytest.approx((2.0, 2.0, 2.0, 1 / 3, 1 / 3))
@@ -305,7 +295,6 @@ def test_texts():
         (lambda: best_of_n_kl(0), "n is 0"),
         (lambda: calibration([0.5], [0.5, 1.0]), "1 probabilities, 2 labels"),
         (lambda: calibration([float("nan")], [1.0]), r"\[0, 1\]"),
-        (lambda: cohen_kappa([], []), "0 and 0 labels"),
         (lambda: text_statistics([]), "0 texts"),
         (lambda: distinct_n(["a b"], n=0), "n is 0"),
     ],

@@ -1,9 +1,7 @@
 """Refusal detectors, rates and paired tests on harmless texts, against counts by hand."""
 
-import itertools
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -15,9 +13,7 @@ from dpo_jax.language.methods.safety_eval import (
     empty_share,
     evaluate_safety,
     judge_success,
-    mcnemar,
     over_refusal,
-    paired_bootstrap,
     refused_by_prefix,
     refused_by_substring,
     straight_quotes,
@@ -100,30 +96,11 @@ def test_over_refusal_and_its_trade_off():
     assert over_refusal([False], [True]).f1 == 1 and over_refusal([True], [False]).f1 == 0
 
 
-@pytest.mark.parametrize(("b", "c"), [(0, 0), (3, 3), (6, 1), (0, 8), (5, 7)])
-def test_mcnemar_counts_the_outcomes_at_least_as_uneven(b, c):
-    changed = b + c
-    uneven = [abs(2 * sum(flips) - changed) >= abs(b - c) for flips in itertools.product((0, 1), repeat=changed)]
-    assert mcnemar(b, c) == mcnemar(c, b) == pytest.approx(np.mean(uneven))
-
-
 def test_runs_are_compared_by_prompt():
     before = {"a": True, "b": True, "c": False, "d": True, "only before": True}
     after = {"d": True, "c": True, "b": False, "a": False, "only after": True}
     found = compare_runs(before, after)
-    assert found == (-0.25, 2, 1, mcnemar(2, 1), 4)
-
-
-def test_bootstrap_keeps_the_pairs():
-    rng = np.random.default_rng(1)
-    before = (rng.random(300) < 0.6).astype(float)
-    after = np.where(rng.random(300) < 0.3, 0.0, before)
-    found = paired_bootstrap(before, after, jax.random.key(0))
-    change = after - before
-    half = 1.96 * change.std(ddof=1) / np.sqrt(300)
-    assert (found.low, found.high) == pytest.approx((change.mean() - half, change.mean() + half), abs=0.015)
-    assert found == paired_bootstrap(before, after, jax.random.key(0))
-    assert paired_bootstrap(before, before, jax.random.key(0)) == (0, 0)
+    assert found == (-0.25, 2, 1, 1.0, 4)  # 2 against 1 is what a fair coin does
 
 
 def rows_and_answers():
@@ -161,9 +138,7 @@ PREFIX = {"prefix": refused_by_prefix}
         (lambda: attack_success([1.0], prompts=["p"], categories=[], styles=["s"]), "0 categories"),
         (lambda: attack_success([2.0], prompts=["p"], categories=["c"], styles=["s"]), r"\[0, 1\]"),
         (lambda: over_refusal([], [True]), "0 safe"),
-        (lambda: mcnemar(-1, 0), "-1 and 0"),
         (lambda: compare_runs({"a": True}, {"b": True}), "none of the 1"),
-        (lambda: paired_bootstrap([1.0], [1.0, 0.0], jax.random.key(0)), r"before \(1,\)"),
         (lambda: evaluate_safety(ROWS, ANSWERS[:-1], detectors=PREFIX), "8 rows and 7"),
         (lambda: evaluate_safety([{"prompt": "p"}], ["a"], detectors=PREFIX), "row 0 has no .*category"),
         (lambda: evaluate_safety(ROWS[:3], ANSWERS[:3], detectors=PREFIX), "0 safe"),

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from dpo_jax.language.methods.win_rates import (
-    bootstrap_interval,
     bootstrap_ratings,
     both_orders,
     bradley_terry,
@@ -17,7 +16,6 @@ from dpo_jax.language.methods.win_rates import (
     elo_scale,
     length_controlled_win_rate,
     position_consistency,
-    sign_test,
     win_matrix,
     win_rate,
 )
@@ -51,30 +49,6 @@ def test_both_orders_of_a_judge():
     np.testing.assert_allclose(both_orders(first, second), [2, 1.5, 1, 1.5])
     assert position_consistency(first, second) == 0.75
     assert position_consistency(first, first) == 1
-
-
-@pytest.mark.parametrize(("wins", "losses"), [(0, 0), (5, 0), (7, 3), (4, 4), (2, 9)])
-def test_sign_test_counts_outcomes(wins, losses):
-    games = wins + losses
-    gap = abs(wins - losses)
-    as_far = [abs(2 * sum(outcome) - games) >= gap for outcome in itertools.product((0, 1), repeat=games)]
-    assert sign_test(wins, losses) == pytest.approx(np.mean(as_far)) == sign_test(losses, wins)
-
-
-def test_sign_test_of_many_games():
-    assert sign_test(3000, 3000) == 1.0
-    assert sign_test(2000, 2200) == pytest.approx(math.erfc((200 - 1) / math.sqrt(2 * 4200)), rel=0.01)
-
-
-def test_bootstrap_interval():
-    values = np.random.default_rng(1).normal(0.3, 1.0, 400)
-    found = bootstrap_interval(values, jax.random.key(0), resamples=2000)
-    half = 1.96 * values.std(ddof=1) / 20
-    assert (found.low, found.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.02)
-    assert found == bootstrap_interval(values, jax.random.key(0), resamples=2000)
-    assert found != bootstrap_interval(values, jax.random.key(1), resamples=2000)
-    narrow = bootstrap_interval(values, jax.random.key(0), resamples=2000, confidence=0.5)
-    assert found.low < narrow.low < narrow.high < found.high
 
 
 # Length control
@@ -241,8 +215,6 @@ def test_bootstrap_of_ratings():
         (lambda: win_rate([]), "give \\[N\\]"),
         (lambda: win_rate([2, float("nan")]), "unjudged"),
         (lambda: win_rate([0.5]), r"\[1, 2\]"),
-        (lambda: sign_test(-1, 2), "-1 wins"),
-        (lambda: bootstrap_interval([1.0], jax.random.key(0), confidence=1.0), "confidence 1.0"),
         (lambda: length_controlled_win_rate([2, 1], model_lengths=[1], baseline_lengths=[1]), "differ"),
         (lambda: length_controlled_win_rate([2], model_lengths=[1], baseline_lengths=[1], l2=0.0), "l2 is 0"),
         (lambda: elo([(0, 0, 1.0)], players=2), "game"),

@@ -1,0 +1,1 @@
+"""The diffusion wing: noise schedules, transitions, samplers, inversion."""

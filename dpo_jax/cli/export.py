@@ -8,18 +8,19 @@ from typing import Literal
 import jax
 
 from dpo_jax.checkpoint import open_checkpoints
+from dpo_jax.cli.adapters import adapted_model, frozen_part, write_model
 from dpo_jax.cli.catalogue import method
 from dpo_jax.cli.configs import CONFIG_FILE, read_config, train_config_class
 from dpo_jax.cli.console import OutputConfig, UsageError, result, say
 from dpo_jax.cli.models import open_model
-from dpo_jax.language.models.decoder import RULES, abstract_variables
-from dpo_jax.language.models.weights import save_hf
+from dpo_jax.language.models.decoder import RULES
 from dpo_jax.sharding import make_mesh, tree_shardings
+from dpo_jax.tree import combine, partition
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write the policy of a run's checkpoint as a Hugging Face folder."""
+    """Write the policy of a run's checkpoint as a Hugging Face folder, and adapters alone in its folder `adapter`."""
 
     run: str
     """Folder of the run (`--out` of train)."""
@@ -51,7 +52,8 @@ def export_command(config: ExportConfig) -> None:
     name = "ema" if keeps_average and config.weights != "params" else "params"
     model = open_model(trained.model.model, trained.model, reward=chosen.reward)
     mesh = make_mesh(data=1, fsdp=jax.device_count())
-    abstract = abstract_variables(model.config)
+    adapted = adapted_model(model, trained.adapters)
+    abstract = partition(adapted.abstract, adapted.trainable)[0]
     dtype = {"ema": "float32"}.get(name)
     wanted = jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=s),
@@ -62,6 +64,10 @@ def export_command(config: ExportConfig) -> None:
         restored = checkpoints.restore({name: wanted}, step=config.step, subset=True)
     for number, reason in restored.damaged:
         say(f"checkpoint of step {number} is damaged and was passed over: {reason}")
-    save_hf(config.out, model.config, restored.state[name], source=model.folder, dtype=model.config.param_dtype)
+    variables = restored.state[name]
+    if adapted.rslora is not None:
+        start = adapted.complete(model.load(mesh), jax.random.key(0))  # of which only the frozen part is kept
+        variables = combine(variables, frozen_part(adapted, start))
+    write_model(adapted, variables, Path(config.out), Path(config.out) / "adapter", base=trained.model.model)
     values = {"out": config.out, "step": restored.step, "weights": name}
     result(values, f"step {restored.step} ({name}) exported to {config.out}", as_json=config.output.json)

@@ -4,7 +4,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -134,6 +134,11 @@ def show_needs(needs: StepNeeds) -> str:
     return f"each device needs {human_bytes(needs.total)}{of}: {listed}"
 
 
+def without_frozen(state: TrainState) -> TrainState:
+    """What a checkpoint keeps: frozen variables are those that the run began with, and are read again from there."""
+    return replace(state, frozen=None)
+
+
 def _bar(course: Course, start: int) -> Progress:
     return progress(course.steps, start, description=course.description, disable=not is_first())
 
@@ -212,7 +217,7 @@ def run_course(
     def save(number: int, state: TrainState, values: dict[str, Array]) -> None:
         flush()  # so that a run which goes on from here finds every line before it
         with watch.paused():
-            checkpoints.save(number, state, extras)
+            checkpoints.save(number, without_frozen(state), extras)
 
     hooks = [(1, log)]
     # Evaluated before it is saved: what a checkpoint has behind it stands in the metrics.
@@ -225,7 +230,7 @@ def run_course(
     if not outcome.stopped and not (course.eval_every and done % course.eval_every == 0 and done > start):
         evaluation(done, state)
     if checkpoints.latest_step() != done:
-        checkpoints.save(done, state, extras)
+        checkpoints.save(done, without_frozen(state), extras)
     checkpoints.wait()
     outcome.tokens_per_second = watch.rate
     return state, outcome

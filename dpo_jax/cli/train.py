@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +10,18 @@ import jax
 from jax.sharding import Mesh
 
 from dpo_jax.checkpoint import Checkpoints, open_checkpoints
+from dpo_jax.cli.adapters import Adapted, adapted_model, frozen_part, write_model
 from dpo_jax.cli.annotate import annotate
 from dpo_jax.cli.catalogue import Method, initial_loss_state
 from dpo_jax.cli.checks import check_loss_options, check_options, mesh_of
 from dpo_jax.cli.configs import CONFIG_FILE, config_record, differing_keys, write_record
 from dpo_jax.cli.console import UsageError, result, say
 from dpo_jax.cli.data import Prepared, check_columns, prepare, wanted_by
-from dpo_jax.cli.loop import Course, Outcome, run_course, with_tokens
+from dpo_jax.cli.loop import Course, Outcome, run_course, with_tokens, without_frozen
 from dpo_jax.cli.models import OpenModel, open_model
 from dpo_jax.cli.processes import is_first, join_processes
 from dpo_jax.language.data.batches import batches, epoch_batches
-from dpo_jax.language.models.decoder import RULES, abstract_variables
-from dpo_jax.language.models.weights import save_hf
+from dpo_jax.language.models.decoder import RULES
 from dpo_jax.language.objectives import from_loss, needs_reference
 from dpo_jax.optimizers import make_optimizer
 from dpo_jax.report import open_metrics, read_metrics
@@ -60,13 +60,14 @@ def train(method: Method, config: Any) -> None:
     mesh = mesh_of(config.mesh)
     keep_config(out, record)
     model = open_model(config.model.model, config.model, reward=method.reward)
+    adapted = adapted_model(model, config.adapters)
     wanted = wanted_by(method.loss)
     multiple = data_shards(mesh) * config.loop.microbatches
     data = prepare(config, wanted, model.tokenizer, out, row_multiple=multiple)
     data = annotate(data, wanted, config, mesh, out)
     check_columns(method.slug, wanted, data.train[0].columns)
     with open_checkpoints(out / "checkpoints", keep=config.loop.keep) as checkpoints:
-        outcome, resumed = run(method, config, mesh, model, data, checkpoints, record, out)
+        outcome, resumed = run(method, config, mesh, adapted, data, checkpoints, record, out)
     if is_first():
         summarise(method, config, out, data, outcome, resumed)
 
@@ -98,7 +99,7 @@ def run(
     method: Method,
     config: Any,
     mesh: Mesh,
-    model: OpenModel,
+    adapted: Adapted,
     data: Prepared,
     checkpoints: Checkpoints,
     record: dict[str, Any],
@@ -106,9 +107,10 @@ def run(
 ) -> tuple[Outcome, int]:
     """Train, evaluate and export; the outcome, and the step that the run was resumed from."""
     hyper = {f.name: getattr(config.loss, f.name) for f in fields(config.loss)}
-    objective = from_loss(method.loss, **hyper)
+    model = adapted.model
+    objective = from_loss(method.loss, frozen_head=adapted.rslora is not None, **hyper)
     optimizer = make_optimizer(config.optimizer, data.steps)
-    state, resumed = start_state(method, config, mesh, model, data, optimizer, checkpoints)
+    state, resumed = start_state(method, config, mesh, adapted, data, optimizer, checkpoints)
     update = None
     if config.loop.reference_update_every:
         update = ReferenceUpdate(config.loop.reference_update_rate, config.loop.reference_update_every)
@@ -147,13 +149,13 @@ def run(
             mesh,
             checkpoints=checkpoints,
             metrics=metrics,
-            extras={"run": record, "seed": config.loop.seed},
+            extras={"run": record, "seed": config.loop.seed, "base": model.fingerprint()},
             evaluate=evaluator(objective, model, state, data, config, mesh),
         )
     if outcome.stopped:
         say(f"asked to stop: saved step {int(state.step)} of {data.steps}; the same command goes on from there")
     elif config.loop.export:
-        export_state(state, model, out / "export")
+        export_state(state, adapted, out, base=config.model.model)
     return outcome, resumed
 
 
@@ -161,26 +163,33 @@ def start_state(
     method: Method,
     config: Any,
     mesh: Mesh,
-    model: OpenModel,
+    adapted: Adapted,
     data: Prepared,
     optimizer: Any,
     checkpoints: Checkpoints,
 ) -> tuple[TrainState, int]:
     """The state to begin with: from the newest whole checkpoint, or from the model's weights."""
     reference = needs_reference(method.loss, tuple(data.train[0].columns))
+    model, key = adapted.model, jax.random.key(config.loop.seed)
 
     def build(variables: Any, other: Any) -> TrainState:
         return init_state(
             variables,
             optimizer,
-            jax.random.key(config.loop.seed),
+            key,
+            trainable=adapted.trainable,
             reference=(other if other is not None else True) if reference else False,
             ema=config.loop.ema_decay is not None,
             loss_state=initial_loss_state(method),
         )
 
+    def complete() -> Any:
+        # Steps fold their numbers into the key, and none has this one.
+        return adapted.complete(model.load(mesh), jax.random.fold_in(key, 2**32 - 1))
+
     if checkpoints.latest_step() is not None:
-        abstract = jax.eval_shape(build, abstract_variables(model.config), None)
+        whole = jax.eval_shape(build, adapted.abstract, None)
+        abstract = without_frozen(whole)
         shardings = state_shardings(abstract, mesh, RULES)
         abstract = jax.tree.map(
             lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, shardings
@@ -189,8 +198,12 @@ def start_state(
         for number, reason in restored.damaged:
             say(f"checkpoint of step {number} is damaged and was passed over: {reason}")
         say(f"going on from step {restored.step}")
-        return restored.state, restored.step
-    variables = model.load(mesh)
+        frozen = whole.frozen  # nothing of it is left where the whole model is trained
+        if adapted.rslora is not None:
+            if restored.extras.get("base") != model.fingerprint():
+                say(f"the files of {model.folder} are not those that this run began with; its adapters may not fit")
+            frozen = frozen_part(adapted, complete())
+        return replace(restored.state, frozen=frozen), restored.step
     other = None
     if reference and config.model.reference_model is not None:
         opened = open_model(config.model.reference_model, config.model)
@@ -200,7 +213,7 @@ def start_state(
                 "--reference columns takes a reference of another shape"
             )
         other = opened.load(mesh)
-    return build(variables, other), 0
+    return build(complete(), other), 0
 
 
 def evaluator(
@@ -231,11 +244,11 @@ def held_out_batches(data: Prepared, config: Any, mesh: Mesh) -> Iterator[Any]:
     return (shard_batch(stream[number], mesh) for number in range(len(stream)))
 
 
-def export_state(state: TrainState, model: OpenModel, folder: Path) -> None:
-    """Write the policy (its moving average if there is one) as a Hugging Face folder."""
+def export_state(state: TrainState, adapted: Adapted, out: Path, *, base: str) -> None:
+    """Write the policy (its moving average if there is one) as a Hugging Face folder, and its adapters alone."""
     params = state.params if state.ema is None else state.ema
-    save_hf(folder, model.config, combine(params, state.frozen), source=model.folder, dtype=model.config.param_dtype)
-    say(f"exported to {folder}")
+    write_model(adapted, combine(params, state.frozen), out / "export", out / "adapter", base=base)
+    say(f"exported to {out / 'export'}")
 
 
 def summarise(method: Method, config: Any, out: Path, data: Prepared, outcome: Outcome, resumed: int) -> None:

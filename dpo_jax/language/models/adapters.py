@@ -83,8 +83,18 @@ def _modules(config: DecoderConfig) -> dict[str, _Module]:
     return {module: place for module, place in places.items() if module not in shared}
 
 
+def check_names(config: DecoderConfig, adapters: PyTree) -> None:
+    """Raise WeightsError if an adapter, or its shape, belongs to no module of the checkpoint's own."""
+    have = {place.path for place in _modules(config).values()}
+    if unknown := [path for path in adapter_sites(adapters) if path not in have]:
+        raise WeightsError(
+            f"{', '.join(unknown)}: the checkpoint keeps them together with others in one module, "
+            "which PEFT can only adapt as a whole; choose other targets"
+        )
+
+
 def load_adapter(folder: str | Path, config: DecoderConfig) -> LoadedAdapter:
-    """Read a PEFT folder.
+    """Read a PEFT folder; a `lora_dropout` in it concerned its training and is not read.
 
     Args:
       config: of the base.
@@ -247,6 +257,7 @@ def save_adapter(
     Raises:
       WeightsError: leaves that PEFT's format has no name for.
     """
+    check_names(config, adapters)
     folder, names = Path(folder), {place: module for module, place in _modules(config).items()}
     tensors: dict[str, np.ndarray] = {}
     numbers: dict[str, tuple[int, float]] = {}
@@ -255,8 +266,7 @@ def save_adapter(
         host = {kind: _on_host(leaf) for kind, leaf in site.items()}
         used = [layer for layer in range(host[A].shape[0]) if host[A][layer].any() or host[B][layer].any()]
         for layer in used or range(host[A].shape[0]):
-            if (module := names.get(_Module(path, layer))) is None:
-                raise WeightsError(f"{path}: the checkpoint has no module of its own for it, so PEFT cannot adapt it")
+            module = names[_Module(path, layer)]
             for kind in host.keys() & _ENDS.keys():
                 tensors[_PREFIX + module + _ENDS[kind]] = np.ascontiguousarray(host[kind][layer].T)
             rank = host[A].shape[-1]

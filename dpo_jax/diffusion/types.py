@@ -1,0 +1,91 @@
+"""The data types of the diffusion wing: a model, a noise level, one step of a sampler, what a rollout returns.
+
+Latents are [B, ...] with the channels last; any number of axes may stand between (height and width, frames).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from dpo_jax.types import Array, PyTree
+
+# A table made on the host or an array on the device.
+Table = np.ndarray | Array
+# predict(latents [B, ...], timesteps [B], condition) -> [B, ...]; leaves of the condition are [B, ...] too.
+# Timesteps are float32, whole numbers unless the sampler's grid is fractional; a flow model is given 1000 sigma.
+Predict = Callable[[Array, Array, PyTree], Array]
+# What a model predicts: (alpha, sigma) -> (a, b) such that the prediction is a * noise + b * clean.
+Parameterisation = Callable[[Table, Table], tuple[Table | float, Table | float]]
+
+
+class Level(NamedTuple):
+    """How noisy latents are: x = alpha * clean + sigma * noise.
+
+    Attributes:
+      alpha, sigma: float32 [] or [B]; tables of a sampler are [S] or [S, B].
+    """
+
+    alpha: Table
+    sigma: Table
+
+
+class Denoised(NamedTuple):
+    """What a prediction says about the latents; both float32 [B, ...]."""
+
+    clean: Array
+    noise: Array
+
+
+class Step(NamedTuple):
+    """Steps of a sampler, all of them linear in what the model says: next = clean * x0 + noise * eps + std * z.
+
+    Each field is float32 [S], or [S, B] for a grid of each example's own; a single step is [] or [B]. Slices of a
+    table are tables (`take_steps`), so a rollout may be cut into parts.
+
+    Attributes:
+      time: what the model is given as its timestep.
+      alpha, sigma: the level at which the model is called.
+      clean, noise: weights of the predicted clean latents and of the predicted noise.
+      std: standard deviation of the noise that is added, or None for a deterministic sampler.
+      history: weight of the change of the predicted clean latents since the step before, or None (one-step methods).
+    """
+
+    time: Table
+    alpha: Table
+    sigma: Table
+    clean: Table
+    noise: Table
+    std: Table | None = None
+    history: Table | None = None
+
+    @property
+    def level(self) -> Level:
+        """The level at which the model is called."""
+        return Level(self.alpha, self.sigma)
+
+
+class Transition(NamedTuple):
+    """A Gaussian step: mean float32 [B, ...] and standard deviation float32 [] or [B], the same for all elements."""
+
+    mean: Array
+    std: Array
+
+
+class Trajectory(NamedTuple):
+    """The recorded part of a rollout, constants.
+
+    Attributes:
+      latents: float32 [B, S + 1, ...], the state before each recorded step and after the last of them.
+      logps: float32 [B, S], log-probability of each recorded step, summed over elements; zero for deterministic steps.
+    """
+
+    latents: Array
+    logps: Array
+
+
+class Sample(NamedTuple):
+    """What a rollout returns: final latents float32 [B, ...] and the trajectory if one was asked for."""
+
+    latents: Array
+    trajectory: Trajectory | None = None

@@ -96,6 +96,19 @@ def token_mean_nll(logps: Array, mask: Array) -> Array:
     return -safe_divide(masked_sum(logps, mask), batch_mean(length, present(mask)))
 
 
+def kl_divergence(logits: Array, other_logits: Array) -> Array:
+    """KL(p || q) in nats of the softmax p of some logits and q of others, [..., V] -> float32 [...].
+
+    A word at -inf in p counts nothing; one at -inf in q alone makes it infinite.
+    """
+    chex.assert_equal_shape([logits, other_logits])
+    log_p, log_q = (jax.nn.log_softmax(v.astype(jnp.float32), axis=-1) for v in (logits, other_logits))
+    possible = jnp.isfinite(log_p)
+    # 0 log 0 is 0: impossible words are replaced before the difference, which would be inf or nan there.
+    gap = jnp.where(possible, log_p, 0.0) - jnp.where(possible, log_q, 0.0)
+    return jnp.sum(jnp.exp(log_p) * gap, axis=-1)
+
+
 def cosine_similarity(a: Array, b: Array) -> Array:
     """Cosine of the angle between vectors [..., D], float32 [...]; zero if one of them is zero."""
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
@@ -117,6 +130,11 @@ class CompletionSums(NamedTuple):
     logps: Array
     log_ratio: Array
     length: Array
+
+    @property
+    def mean_logps(self) -> Array:
+        """Mean log-probability of the completion's tokens; zero for an empty completion."""
+        return safe_divide(self.logps, self.length)
 
 
 def completion_sums(
@@ -157,6 +175,40 @@ def strict_pairs(labels: Array, there: Array) -> Array:
     labels, there = jax.lax.stop_gradient(labels.astype(jnp.float32)), there != 0
     above = labels[..., :, None] > labels[..., None, :]
     return (above & there[..., :, None] & there[..., None, :]).astype(jnp.float32)
+
+
+class OrderedPairs(NamedTuple):
+    """Sums over the pairs of each list whose labels differ, all float32 [B].
+
+    Attributes:
+      nll: -log sigma(s_i - s_j), label_i > label_j.
+      gap: s_i - s_j.
+      count: number of pairs.
+      metrics: `margin` and `accuracy`, means over the pairs (accuracy counts strictly larger scores), and `pairs`.
+    """
+
+    nll: Array
+    gap: Array
+    count: Array
+    metrics: dict[str, Array]
+
+
+def ordered_pairs(scores: Array, labels: Array, there: Array) -> OrderedPairs:
+    """Bradley-Terry on all pairs of a list.
+
+    Args:
+      scores: [B, K] rewards of the model; those of absent items are not read.
+      labels: [B, K], the larger the better; equal ones make no pair.
+      there: [B, K], zero at absent items.
+    """
+    chex.assert_equal_shape([scores, labels, there])
+    pairs, scores = strict_pairs(labels, there), scores.astype(jnp.float32)  # [B, K, K]
+    # Replaced before the loss: what stands at an absent item must not reach the gradient.
+    gap = jnp.where(pairs != 0, scores[:, :, None] - scores[:, None, :], 0.0)
+    count, total = jnp.sum(pairs, axis=(1, 2)), jnp.sum(gap, axis=(1, 2))
+    right = jnp.sum(gap > 0, axis=(1, 2), dtype=jnp.float32)
+    metrics = {"margin": safe_divide(total, count), "accuracy": safe_divide(right, count), "pairs": count}
+    return OrderedPairs(jnp.sum(pairs * logistic_loss(gap), axis=(1, 2)), total, count, metrics)
 
 
 def ranks(scores: Array, there: Array) -> Array:

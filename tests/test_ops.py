@@ -9,6 +9,7 @@ from dpo_jax.ops import (
     batch_mean,
     completion_sums,
     cosine_similarity,
+    kl_divergence,
     lambda_weights,
     log1mexp,
     log_odds,
@@ -16,6 +17,7 @@ from dpo_jax.ops import (
     masked_count,
     masked_mean,
     masked_sum,
+    ordered_pairs,
     pair_metrics,
     plackett_luce_nll,
     present,
@@ -103,6 +105,11 @@ def test_completion_sums_of_lists_and_without_reference():
     np.testing.assert_array_equal(sums.length, mask.sum(-1))
     free = completion_sums(jnp.asarray(policy), None, jnp.asarray(mask))
     np.testing.assert_array_equal(free.log_ratio, sums.logps)
+
+
+def test_mean_log_probability_of_an_empty_completion_is_zero():
+    sums = completion_sums(jnp.array([[-1.0, -2.0, -9.0], [-1.0, -1.0, -1.0]]), None, jnp.array([[1, 1, 0], [0, 0, 0]]))
+    np.testing.assert_array_equal(sums.mean_logps, [-1.5, 0.0])
 
 
 def test_log_ratio_keeps_a_margin_that_two_long_sums_would_lose():
@@ -214,6 +221,43 @@ def test_pairs_and_ranks_of_lists():
                 assert pairs[row, i, j] == (LABELS[row, i] > LABELS[row, j] and THERE[row, i] * THERE[row, j])
     np.testing.assert_array_equal(ranks(jnp.asarray(SCORES), jnp.asarray(THERE)), [[3, 4, 1, 2], [1, 4, 3, 2]])
     np.testing.assert_array_equal(ranks(jnp.zeros(3), jnp.ones(3)), [1, 2, 3])
+
+
+def test_ordered_pairs_in_float64():
+    scores = np.where(THERE > 0, SCORES, np.nan)  # an absent item's score is not read
+
+    def nll(scores):
+        return ordered_pairs(scores, jnp.asarray(LABELS), jnp.asarray(THERE)).nll.sum()
+
+    found = ordered_pairs(jnp.asarray(scores), jnp.asarray(LABELS), jnp.asarray(THERE))
+    slope = np.zeros_like(scores, np.float64)
+    for row in range(2):
+        above = [
+            (i, j) for i in range(4) for j in range(4) if LABELS[row, i] > LABELS[row, j] and all(THERE[row, [i, j]])
+        ]
+        gaps = np.array([np.float64(scores[row, i]) - np.float64(scores[row, j]) for i, j in above])
+        np.testing.assert_allclose(found.nll[row], np.logaddexp(0, -gaps).sum(), rtol=1e-5)
+        np.testing.assert_allclose(found.gap[row], gaps.sum(), rtol=1e-5, atol=1e-6)
+        metrics = [float(found.metrics[name][row]) for name in ("margin", "accuracy", "pairs")]
+        np.testing.assert_allclose(metrics, [gaps.mean(), (gaps > 0).mean(), len(above)], rtol=1e-5, atol=1e-6)
+        for (i, j), gap in zip(above, gaps):
+            slope[row, i] -= 1 / (1 + np.exp(gap))
+            slope[row, j] += 1 / (1 + np.exp(gap))
+    np.testing.assert_allclose(jax.grad(nll)(jnp.asarray(scores)), slope, rtol=1e-5, atol=1e-6)
+
+
+def test_kl_divergence_in_float64_and_with_impossible_words():
+    p, q = np.random.default_rng(0).normal(0, 2, (2, 3, 5))
+    p[1, 2] = p[2, 0] = q[2, 0] = -np.inf
+    share = np.exp(p) / np.exp(p).sum(-1, keepdims=True)
+    other = np.exp(q) / np.exp(q).sum(-1, keepdims=True)
+    expected = [sum(a * np.log(a / b) for a, b in zip(*rows) if a) for rows in zip(share, other)]
+    p, q = jnp.asarray(p, jnp.float32), jnp.asarray(q, jnp.float32)
+    np.testing.assert_allclose(kl_divergence(p, q), expected, rtol=1e-5)
+    slope = jax.grad(lambda q: kl_divergence(p, q).sum())(q)  # q - p
+    np.testing.assert_allclose(slope, other - share, atol=1e-6)
+    assert kl_divergence(q, p)[1] == np.inf
+    np.testing.assert_allclose(kl_divergence(p, p + 3.0), 0.0, atol=1e-6)
 
 
 def test_lambda_weights_in_float64():

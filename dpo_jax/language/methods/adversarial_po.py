@@ -37,9 +37,10 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.ops import (
+    OrderedPairs,
     batch_mean,
     completion_sums,
-    logistic_loss,
+    ordered_pairs,
     present,
     ranks,
     require_between,
@@ -69,10 +70,10 @@ def adversarial_reward_loss(
       adversarial_coef: weight of gold-against-sample rows, at least 0.
       samples: answers sampled per prompt, by which the weight of adversarial rows is divided; at least 1.
     """
-    rows = _rows(policy_reward, mask, scores, is_adversarial)
-    weight = _weight(rows, preference_coef, adversarial_coef, samples)
-    scale = batch_mean(rows.count, present(mask))
-    return LossOutput(weight * safe_divide(rows.nll, scale), rows.metrics)
+    pairs = _pairs(policy_reward, mask, scores)
+    weight = _weight(is_adversarial, preference_coef, adversarial_coef, samples)
+    scale = batch_mean(pairs.count, present(mask))
+    return LossOutput(weight * safe_divide(pairs.nll, scale), pairs.metrics)
 
 
 def adversarial_difference_loss(
@@ -94,11 +95,11 @@ def adversarial_difference_loss(
       adversarial_coef: weight of gold-against-sample rows, at least 0.
       samples: answers sampled per prompt, by which the weight of adversarial rows is divided; at least 1.
     """
-    rows = _rows(policy_reward, mask, scores, is_adversarial)
-    weight = _weight(rows, preference_coef, adversarial_coef, samples)
-    scale = batch_mean(rows.count, present(mask))
-    loss = jnp.where(rows.adversarial, -rows.gap, rows.nll)
-    return LossOutput(weight * safe_divide(loss, scale), rows.metrics)
+    pairs = _pairs(policy_reward, mask, scores)
+    weight = _weight(is_adversarial, preference_coef, adversarial_coef, samples)
+    scale = batch_mean(pairs.count, present(mask))
+    loss = jnp.where(is_adversarial != 0, -pairs.gap, pairs.nll)
+    return LossOutput(weight * safe_divide(loss, scale), pairs.metrics)
 
 
 def adversarial_term_mean_loss(
@@ -118,13 +119,13 @@ def adversarial_term_mean_loss(
       preference_coef: weight of the mean over pairs of human rows, at least 0.
       adversarial_coef: weight of the mean over pairs of gold-against-sample rows, at least 0.
     """
-    rows = _rows(policy_reward, mask, scores, is_adversarial)
-    weight = _weight(rows, preference_coef, adversarial_coef, samples=1)
-    there = present(mask)
-    of_adversarial = batch_mean(rows.count * rows.adversarial, there)
-    of_human = batch_mean(rows.count * ~rows.adversarial, there)
-    scale = jnp.where(rows.adversarial, of_adversarial, of_human)
-    return LossOutput(weight * safe_divide(rows.nll, scale), rows.metrics)
+    pairs = _pairs(policy_reward, mask, scores)
+    weight = _weight(is_adversarial, preference_coef, adversarial_coef, samples=1)
+    there, adversarial = present(mask), is_adversarial != 0
+    of_adversarial = batch_mean(pairs.count * adversarial, there)
+    of_human = batch_mean(pairs.count * ~adversarial, there)
+    scale = jnp.where(adversarial, of_adversarial, of_human)
+    return LossOutput(weight * safe_divide(pairs.nll, scale), pairs.metrics)
 
 
 def rrhf_loss(
@@ -148,7 +149,7 @@ def rrhf_loss(
     gap = jnp.where(pairs != 0, mean[:, :, None] - mean[:, None, :], 0.0)
     rank = jnp.sum(jax.nn.relu(-gap), axis=(1, 2))
     best = (ranks(scores, there) == 1).astype(jnp.float32)
-    nll = -jnp.sum(best * safe_divide(answers.logps, answers.length), axis=-1)
+    nll = -jnp.sum(best * answers.mean_logps, axis=-1)
     right = safe_divide(jnp.sum(gap > 0, axis=(1, 2), dtype=jnp.float32), jnp.sum(pairs, axis=(1, 2)))
     return LossOutput(rank_coef * rank + nll, {"rank": rank, "nll": nll, "accuracy": right})
 
@@ -177,33 +178,12 @@ def select_best(scores: Array, there: Array) -> Best:
     return Best(index, (there != 0).any(-1).astype(jnp.float32))
 
 
-class _Rows(NamedTuple):
-    """Sums over the ordered pairs of each row, all [B]."""
-
-    adversarial: Array
-    nll: Array
-    gap: Array
-    count: Array
-    metrics: dict[str, Array]
+def _pairs(policy_reward: Array, mask: Array, scores: Array) -> OrderedPairs:
+    return ordered_pairs(policy_reward, scores, (mask != 0).any(-1))
 
 
-def _rows(policy_reward: Array, mask: Array, scores: Array, is_adversarial: Array) -> _Rows:
-    chex.assert_equal_shape([policy_reward, scores])
-    pairs = strict_pairs(scores, (mask != 0).any(-1))  # [B, K, K]
-    rewards = policy_reward.astype(jnp.float32)
-    # Replaced before the loss: what stands at an absent item must not reach the gradient.
-    gap = jnp.where(pairs != 0, rewards[:, :, None] - rewards[:, None, :], 0.0)
-    count, total = jnp.sum(pairs, axis=(1, 2)), jnp.sum(gap, axis=(1, 2))
-    metrics = {
-        "margin": safe_divide(total, count),
-        "accuracy": safe_divide(jnp.sum(gap > 0, axis=(1, 2), dtype=jnp.float32), count),
-        "pairs": count,
-    }
-    return _Rows(is_adversarial != 0, jnp.sum(pairs * logistic_loss(gap), axis=(1, 2)), total, count, metrics)
-
-
-def _weight(rows: _Rows, preference_coef: float, adversarial_coef: float, samples: int) -> Array:
+def _weight(is_adversarial: Array, preference_coef: float, adversarial_coef: float, samples: int) -> Array:
     require_between(0.0, math.inf, preference_coef=preference_coef, adversarial_coef=adversarial_coef)
     if samples < 1:
         raise ValueError(f"samples is {samples}; give the number of sampled answers per prompt, at least 1")
-    return jnp.where(rows.adversarial, adversarial_coef / samples, preference_coef)
+    return jnp.where(is_adversarial != 0, adversarial_coef / samples, preference_coef)

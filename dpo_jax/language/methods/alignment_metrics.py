@@ -134,8 +134,8 @@ def preference_metrics(
         "preference_prob": jax.nn.sigmoid(margin),
         "chosen_displaced": (chosen.log_ratio < 0).astype(jnp.float32),
         "rejected_displaced": (rejected.log_ratio < 0).astype(jnp.float32),
-        "chosen_logps_per_token": safe_divide(chosen.logps, chosen.length),
-        "rejected_logps_per_token": safe_divide(rejected.logps, rejected.length),
+        "chosen_logps_per_token": chosen.mean_logps,
+        "rejected_logps_per_token": rejected.mean_logps,
         "chosen_length": chosen.length,
         "rejected_length": rejected.length,
     }

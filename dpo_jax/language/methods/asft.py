@@ -25,7 +25,6 @@ Metrics: `ops.pair_metrics` with rewards o(m) (tempered: beta * o(m)); `nll`, `a
 """
 
 from dpo_jax.ops import (
-    CompletionSums,
     completion_sums,
     log1mexp,
     log_odds,
@@ -33,7 +32,6 @@ from dpo_jax.ops import (
     pair_metrics,
     require_between,
     require_positive,
-    safe_divide,
 )
 from dpo_jax.types import Array, LossOutput
 
@@ -54,13 +52,13 @@ def asft_loss(
       nll_coef: weight of the chosen answer's NLL per token, at least 0; 0 leaves the alignment term alone.
     """
     require_between(0.0, float("inf"), align_coef=align_coef, nll_coef=nll_coef)
-    chosen, chosen_mean = _mean(policy_chosen_logps, chosen_mask)
-    rejected, rejected_mean = _mean(policy_rejected_logps, rejected_mask)
+    chosen = completion_sums(policy_chosen_logps, None, chosen_mask)
+    rejected = completion_sums(policy_rejected_logps, None, rejected_mask)
     # The log-sigmoids of log odds, simplified: no odds of p_w, and so no limit on its gradient near p_w = 1.
-    align = -chosen_mean - log1mexp(rejected_mean)
-    metrics = pair_metrics(chosen, rejected, log_odds(chosen_mean), log_odds(rejected_mean))
-    metrics |= {"nll": -chosen_mean, "align_loss": align}
-    return LossOutput(align_coef * align - nll_coef * chosen_mean, metrics)
+    align = -chosen.mean_logps - log1mexp(rejected.mean_logps)
+    metrics = pair_metrics(chosen, rejected, log_odds(chosen.mean_logps), log_odds(rejected.mean_logps))
+    metrics |= {"nll": -chosen.mean_logps, "align_loss": align}
+    return LossOutput(align_coef * align - nll_coef * chosen.mean_logps, metrics)
 
 
 def asft_tempered_loss(
@@ -79,15 +77,9 @@ def asft_tempered_loss(
       beta: temperature, above 0; 0.001 to 0.5 were best, depending on model and data.
     """
     require_positive(beta=beta)
-    chosen, chosen_mean = _mean(policy_chosen_logps, chosen_mask)
-    rejected, rejected_mean = _mean(policy_rejected_logps, rejected_mask)
-    chosen_reward, rejected_reward = beta * log_odds(chosen_mean), beta * log_odds(rejected_mean)
+    chosen = completion_sums(policy_chosen_logps, None, chosen_mask)
+    rejected = completion_sums(policy_rejected_logps, None, rejected_mask)
+    chosen_reward, rejected_reward = beta * log_odds(chosen.mean_logps), beta * log_odds(rejected.mean_logps)
     align = logistic_loss(chosen_reward) + logistic_loss(-rejected_reward)
     metrics = pair_metrics(chosen, rejected, chosen_reward, rejected_reward)
-    return LossOutput(align, {**metrics, "nll": -chosen_mean, "align_loss": align})
-
-
-def _mean(logps: Array, mask: Array) -> tuple[CompletionSums, Array]:
-    """Sums of a completion, and its mean log-probability m, [B]."""
-    sums = completion_sums(logps, None, mask)
-    return sums, safe_divide(sums.logps, sums.length)
+    return LossOutput(align, {**metrics, "nll": -chosen.mean_logps, "align_loss": align})

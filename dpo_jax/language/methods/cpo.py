@@ -36,7 +36,6 @@ from dpo_jax.ops import (
     pair_metrics,
     require_between,
     require_positive,
-    safe_divide,
     smoothed_logistic_loss,
     token_mean_nll,
 )
@@ -107,7 +106,7 @@ def cpo_ipo_loss(
     """
     require_positive(beta=beta)
     chosen, rejected = _answers(policy_chosen_logps, policy_rejected_logps, chosen_mask, rejected_mask)
-    chosen_mean, rejected_mean = _mean(chosen), _mean(rejected)
+    chosen_mean, rejected_mean = chosen.mean_logps, rejected.mean_logps
     preference = jnp.square(chosen_mean - rejected_mean - 1 / (2 * beta))
     metrics = pair_metrics(chosen, rejected, beta * chosen_mean, beta * rejected_mean)
     return _with_nll(preference, token_mean_nll(policy_chosen_logps, chosen_mask), nll_coef, metrics)
@@ -140,7 +139,7 @@ def arpo_loss(
     require_positive(beta=beta, relax_scale=relax_scale)
     require_between(0.0, float("inf"), relax_rate=relax_rate)
     chosen, rejected = _answers(policy_chosen_logps, policy_rejected_logps, chosen_mask, rejected_mask)
-    difference = _mean(chosen) - _mean(rejected)
+    difference = chosen.mean_logps - rejected.mean_logps
     # |d| with slope 0 at d = 0, as in the official code; jnp.abs has slope 1 there.
     gap = relax_rate * difference * jnp.sign(difference)
     # Cut before exp: the cap at 1 alone would leave 0 * inf in the backward pass.
@@ -156,11 +155,6 @@ def _answers(
 ) -> tuple[CompletionSums, CompletionSums]:
     chosen = completion_sums(policy_chosen_logps, None, chosen_mask)
     return chosen, completion_sums(policy_rejected_logps, None, rejected_mask)
-
-
-def _mean(completion: CompletionSums) -> Array:
-    """Mean log-probability m over the completion's tokens, [B]."""
-    return safe_divide(completion.logps, completion.length)
 
 
 def _with_nll(preference: Array, nll: Array, nll_coef: float, metrics: dict[str, Array]) -> LossOutput:

@@ -312,7 +312,7 @@ def rpo_loss(
     """
     chosen = completion_sums(policy_chosen_logps, reference_chosen_logps, chosen_mask)
     rejected = completion_sums(policy_rejected_logps, reference_rejected_logps, rejected_mask)
-    return _dpo_with_nll(chosen, rejected, beta, nll_coef, nll=-safe_divide(chosen.logps, chosen.length))
+    return _dpo_with_nll(chosen, rejected, beta, nll_coef, nll=-chosen.mean_logps)
 
 
 def rpo_token_mean_loss(

@@ -106,8 +106,8 @@ def bcr_simpo_loss(
     chosen = completion_sums(policy_chosen_logps, None, chosen_mask)
     rejected = completion_sums(policy_rejected_logps, None, rejected_mask)
     against_reference = completion_sums(policy_chosen_logps, reference_chosen_logps, chosen_mask)
-    chosen_reward = beta * safe_divide(chosen.logps, chosen.length)
-    rejected_reward = beta * safe_divide(rejected.logps, rejected.length)
+    chosen_reward = beta * chosen.mean_logps
+    rejected_reward = beta * rejected.mean_logps
     base = logistic_loss(chosen_reward - rejected_reward - gamma)
     metrics = pair_metrics(chosen, rejected, chosen_reward, rejected_reward)
     return _with_penalty(base, metrics, against_reference, budget, penalty_coef, length_normalize)

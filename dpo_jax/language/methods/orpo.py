@@ -30,7 +30,6 @@ from dpo_jax.ops import (
     pair_metrics,
     require_between,
     require_positive,
-    safe_divide,
     token_mean_nll,
 )
 from dpo_jax.types import Array, LossOutput
@@ -90,8 +89,8 @@ def _penalised(
     require_between(0.0, float("inf"), penalty_coef=penalty_coef)
     chosen = completion_sums(policy_chosen_logps, None, chosen_mask)
     rejected = completion_sums(policy_rejected_logps, None, rejected_mask)
-    chosen_mean = safe_divide(chosen.logps, chosen.length)
-    rejected_mean = safe_divide(rejected.logps, rejected.length)
+    chosen_mean = chosen.mean_logps
+    rejected_mean = rejected.mean_logps
     nll = -chosen_mean if nll is None else nll
     chosen_odds, rejected_odds = log_odds(chosen_mean), log_odds(rejected_mean)
     penalty = logistic_loss(beta * (chosen_odds - rejected_odds))

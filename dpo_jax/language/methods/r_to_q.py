@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.ops import require_between, require_positive
+from dpo_jax.ops import kl_divergence, require_between, require_positive
 from dpo_jax.types import Array
 
 
@@ -102,12 +102,7 @@ def expected_implicit_reward(*, policy_logits: Array, reference_logits: Array, m
       beta: strength of the KL constraint, above 0.
     """
     require_positive(beta=beta)
-    chex.assert_equal_shape([policy_logits, reference_logits])
-    log_pi = jax.nn.log_softmax(policy_logits.astype(jnp.float32), axis=-1)
-    log_ref = jax.nn.log_softmax(reference_logits.astype(jnp.float32), axis=-1)
-    possible = jnp.isfinite(log_ref)
-    gap = jnp.where(possible, log_pi, 0.0) - jnp.where(possible, log_ref, 0.0)
-    return jnp.where(mask != 0, beta * jnp.sum(jnp.exp(log_ref) * gap, axis=-1), 0.0)
+    return jnp.where(mask != 0, -beta * kl_divergence(reference_logits, policy_logits), 0.0)
 
 
 def proxy_logits(*, base_logits: Array, tuned_logits: Array, reference_logits: Array, strength: float = 1.0) -> Array:

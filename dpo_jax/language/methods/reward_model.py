@@ -36,13 +36,13 @@ import jax.numpy as jnp
 from dpo_jax.ops import (
     batch_mean,
     logistic_loss,
+    ordered_pairs,
     plackett_luce_nll,
     present,
     require_between,
     require_positive,
     safe_divide,
     smoothed_logistic_loss,
-    strict_pairs,
 )
 from dpo_jax.types import Array, LossOutput
 
@@ -131,8 +131,8 @@ def reward_pairs_loss(*, policy_reward: Array, mask: Array, scores: Array) -> Lo
     This loss is batch-coupled: rows are scaled by the number of pairs per list in the batch, so lists with many
     different scores weigh more, and microbatches change the scale. Ties and absent items make no pair.
     """
-    nll, count, metrics = _ordered_pairs(policy_reward, mask, scores)
-    return LossOutput(safe_divide(nll, batch_mean(count, present(mask))), metrics)
+    pairs = ordered_pairs(policy_reward, scores, _items(mask))
+    return LossOutput(safe_divide(pairs.nll, batch_mean(pairs.count, present(mask))), pairs.metrics)
 
 
 def reward_prompt_pairs_loss(*, policy_reward: Array, mask: Array, scores: Array) -> LossOutput:
@@ -140,14 +140,14 @@ def reward_prompt_pairs_loss(*, policy_reward: Array, mask: Array, scores: Array
 
     A list without a pair has loss 0.
     """
-    nll, count, metrics = _ordered_pairs(policy_reward, mask, scores)
-    return LossOutput(safe_divide(nll, count), metrics)
+    pairs = ordered_pairs(policy_reward, scores, _items(mask))
+    return LossOutput(safe_divide(pairs.nll, pairs.count), pairs.metrics)
 
 
 def reward_plackett_luce_loss(*, policy_reward: Array, mask: Array, scores: Array) -> LossOutput:
     """Negative log-likelihood of the order of the scores; equal scores count in list order, absent items not at all."""
-    _, _, metrics = _ordered_pairs(policy_reward, mask, scores)
     there = _items(mask)
+    metrics = ordered_pairs(policy_reward, scores, there).metrics
     rewards = jnp.where(there, policy_reward.astype(jnp.float32), 0.0)
     return LossOutput(plackett_luce_nll(rewards, jax.lax.stop_gradient(scores), there), metrics)
 
@@ -206,19 +206,3 @@ def _pair_metrics(chosen: Array, rejected: Array) -> dict[str, Array]:
 def _items(mask: Array) -> Array:
     """Which items of a list are there, bool [B, K] of a mask [B, K, T]."""
     return (mask != 0).any(-1)
-
-
-def _ordered_pairs(policy_reward: Array, mask: Array, scores: Array) -> tuple[Array, Array, dict[str, Array]]:
-    """Sum of -log sigma(r_i - r_j) over the list's pairs with score_i > score_j, their number, and metrics; all [B]."""
-    chex.assert_equal_shape([policy_reward, scores])
-    pairs = strict_pairs(scores, _items(mask))  # [B, K, K]
-    rewards = policy_reward.astype(jnp.float32)
-    # Replaced before the loss: what stands at an absent item must not reach the gradient.
-    gap = jnp.where(pairs != 0, rewards[:, :, None] - rewards[:, None, :], 0.0)
-    count = jnp.sum(pairs, axis=(1, 2))
-    metrics = {
-        "margin": safe_divide(jnp.sum(gap, axis=(1, 2)), count),
-        "accuracy": safe_divide(jnp.sum(gap > 0, axis=(1, 2), dtype=jnp.float32), count),
-        "pairs": count,
-    }
-    return jnp.sum(pairs * logistic_loss(gap), axis=(1, 2)), count, metrics

@@ -44,7 +44,6 @@ from dpo_jax.ops import (
     pair_metrics,
     require_between,
     require_positive,
-    safe_divide,
     smoothed_logistic_loss,
 )
 from dpo_jax.types import Array, LossOutput
@@ -69,10 +68,10 @@ def simpo_loss(
     """
     _check_options(beta, gamma)
     require_between(0.0, 0.5, label_smoothing=label_smoothing)
-    chosen, chosen_mean = _mean(policy_chosen_logps, chosen_mask)
-    rejected, rejected_mean = _mean(policy_rejected_logps, rejected_mask)
-    loss = smoothed_logistic_loss(beta * (chosen_mean - rejected_mean) - gamma, label_smoothing)
-    return LossOutput(loss, _metrics(chosen, rejected, beta * chosen_mean, beta * rejected_mean))
+    chosen = completion_sums(policy_chosen_logps, None, chosen_mask)
+    rejected = completion_sums(policy_rejected_logps, None, rejected_mask)
+    loss = smoothed_logistic_loss(beta * (chosen.mean_logps - rejected.mean_logps) - gamma, label_smoothing)
+    return LossOutput(loss, _metrics(chosen, rejected, beta * chosen.mean_logps, beta * rejected.mean_logps))
 
 
 def simpo_hinge_loss(
@@ -91,10 +90,10 @@ def simpo_hinge_loss(
       gamma: margin, at least 0; the reward gap stops counting at 1 + gamma.
     """
     _check_options(beta, gamma)
-    chosen, chosen_mean = _mean(policy_chosen_logps, chosen_mask)
-    rejected, rejected_mean = _mean(policy_rejected_logps, rejected_mask)
-    loss = jax.nn.relu(1 - (beta * (chosen_mean - rejected_mean) - gamma))
-    return LossOutput(loss, _metrics(chosen, rejected, beta * chosen_mean, beta * rejected_mean))
+    chosen = completion_sums(policy_chosen_logps, None, chosen_mask)
+    rejected = completion_sums(policy_rejected_logps, None, rejected_mask)
+    loss = jax.nn.relu(1 - (beta * (chosen.mean_logps - rejected.mean_logps) - gamma))
+    return LossOutput(loss, _metrics(chosen, rejected, beta * chosen.mean_logps, beta * rejected.mean_logps))
 
 
 def alphapo_loss(
@@ -119,8 +118,8 @@ def alphapo_loss(
     _check_options(beta, gamma)
     if alpha == 0 or not math.isfinite(alpha):
         raise ValueError(f"alpha is {alpha}; give a finite number other than 0: simpo_loss is the limit 0")
-    chosen, chosen_mean = _mean(policy_chosen_logps, chosen_mask)
-    rejected, rejected_mean = _mean(policy_rejected_logps, rejected_mask)
+    chosen = completion_sums(policy_chosen_logps, None, chosen_mask)
+    rejected = completion_sums(policy_rejected_logps, None, rejected_mask)
 
     def reward(mean: Array) -> tuple[Array, Array]:
         exponent = -alpha * mean
@@ -128,7 +127,8 @@ def alphapo_loss(
         value = -jnp.expm1(jnp.minimum(exponent, MAX_EXPONENT)) / alpha
         return beta * value, (exponent > MAX_EXPONENT).astype(jnp.float32)
 
-    (chosen_reward, chosen_clipped), (rejected_reward, rejected_clipped) = reward(chosen_mean), reward(rejected_mean)
+    chosen_reward, chosen_clipped = reward(chosen.mean_logps)
+    rejected_reward, rejected_clipped = reward(rejected.mean_logps)
     metrics = _metrics(chosen, rejected, chosen_reward, rejected_reward)
     metrics |= {"clipped": (chosen_clipped + rejected_clipped) / 2}
     return LossOutput(logistic_loss(chosen_reward - rejected_reward - gamma), metrics)
@@ -138,21 +138,15 @@ def simper_loss(
     *, policy_chosen_logps: Array, policy_rejected_logps: Array, chosen_mask: Array, rejected_mask: Array
 ) -> LossOutput:
     """SimPER (arXiv 2502.00883): inverse perplexity of the rejected answer less that of the chosen one, no options."""
-    chosen, chosen_mean = _mean(policy_chosen_logps, chosen_mask)
-    rejected, rejected_mean = _mean(policy_rejected_logps, rejected_mask)
-    chosen_reward, rejected_reward = jnp.exp(chosen_mean), jnp.exp(rejected_mean)
+    chosen = completion_sums(policy_chosen_logps, None, chosen_mask)
+    rejected = completion_sums(policy_rejected_logps, None, rejected_mask)
+    chosen_reward, rejected_reward = jnp.exp(chosen.mean_logps), jnp.exp(rejected.mean_logps)
     return LossOutput(rejected_reward - chosen_reward, _metrics(chosen, rejected, chosen_reward, rejected_reward))
 
 
 def _check_options(beta: float, gamma: float) -> None:
     require_positive(beta=beta)
     require_between(0.0, float("inf"), gamma=gamma)
-
-
-def _mean(logps: Array, mask: Array) -> tuple[CompletionSums, Array]:
-    """Sums of a completion, and its mean log-probability m, [B]."""
-    sums = completion_sums(logps, None, mask)
-    return sums, safe_divide(sums.logps, sums.length)
 
 
 def _metrics(

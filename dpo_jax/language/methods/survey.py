@@ -45,7 +45,6 @@ from dpo_jax.ops import (
     present,
     require_between,
     require_positive,
-    safe_divide,
 )
 from dpo_jax.types import Array, LossOutput
 
@@ -310,7 +309,7 @@ def rrhf_pair_loss(
     require_between(0.0, math.inf, nll_coef=nll_coef)
     chosen = completion_sums(policy_chosen_logps, None, chosen_mask)
     rejected = completion_sums(policy_rejected_logps, None, rejected_mask)
-    m_w, m_l = (safe_divide(side.logps, side.length) for side in (chosen, rejected))
+    m_w, m_l = chosen.mean_logps, rejected.mean_logps
     return LossOutput(jax.nn.relu(m_l - m_w) - nll_coef * m_w, pair_metrics(chosen, rejected, m_w, m_l))
 
 

@@ -38,7 +38,6 @@ from dpo_jax.ops import (
     present,
     require_between,
     require_positive,
-    safe_divide,
 )
 from dpo_jax.types import Array, LossOutput
 
@@ -68,7 +67,7 @@ def flex_dpo_loss(
     rejected = completion_sums(policy_rejected_logps, reference_rejected_logps, rejected_mask)
     chosen_reward, rejected_reward = beta_plus * chosen.log_ratio, beta_minus * rejected.log_ratio
     z = chosen_reward - rejected_reward
-    nll = -safe_divide(chosen.logps, chosen.length)
+    nll = -chosen.mean_logps
     metrics = {
         **pair_metrics(chosen, rejected, chosen_reward, rejected_reward),
         "coefficient": jax.nn.sigmoid(-z),

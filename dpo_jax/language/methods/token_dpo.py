@@ -26,12 +26,11 @@ The official settings leave tdpo2 switched off unless overridden; its notes advi
 0.1269 2.00 0.2519
 """
 
-import chex
 import jax
-import jax.numpy as jnp
 
 from dpo_jax.ops import (
     completion_sums,
+    kl_divergence,
     logistic_loss,
     masked_sum,
     pair_metrics,
@@ -113,13 +112,7 @@ def token_kl(*, policy_logits: Array, reference_logits: Array) -> Array:
       policy_logits: [..., V], any float dtype; a constant added to all of a position changes nothing.
       reference_logits: [..., V], constants; -inf for words that the reference rules out, which then count nothing.
     """
-    chex.assert_equal_shape([policy_logits, reference_logits])
-    log_pi = jax.nn.log_softmax(policy_logits.astype(jnp.float32), axis=-1)
-    log_ref = jax.nn.log_softmax(jax.lax.stop_gradient(reference_logits.astype(jnp.float32)), axis=-1)
-    possible = jnp.isfinite(log_ref)
-    # 0 log 0 is 0: impossible words are replaced before the difference, which would be inf or nan there.
-    gap = jnp.where(possible, log_ref, 0.0) - jnp.where(possible, log_pi, 0.0)
-    return jnp.sum(jnp.exp(log_ref) * gap, axis=-1)
+    return kl_divergence(jax.lax.stop_gradient(reference_logits), policy_logits)
 
 
 def sequential_kl(*, policy_logits: Array, reference_logits: Array, mask: Array) -> Array:

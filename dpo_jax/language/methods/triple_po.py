@@ -39,7 +39,6 @@ from dpo_jax.ops import (
     pair_metrics,
     require_between,
     require_positive,
-    safe_divide,
     smoothed_logistic_loss,
     token_mean_nll,
 )
@@ -98,7 +97,7 @@ def triple_po_length_loss(
     require_between(0.0, float("inf"), gamma=gamma)
     require_between(0.0, 0.5, label_smoothing=label_smoothing)
     chosen, rejected = _sums(policy_chosen_logps, chosen_mask), _sums(policy_rejected_logps, rejected_mask)
-    chosen_mean, rejected_mean = _mean(chosen), _mean(rejected)
+    chosen_mean, rejected_mean = chosen.mean_logps, rejected.mean_logps
     preference = smoothed_logistic_loss(beta * (chosen_mean - rejected_mean) - gamma, label_smoothing)
     metrics = pair_metrics(chosen, rejected, beta * chosen_mean, beta * rejected_mean)
     return _with_gold(preference, metrics, policy_gold_logps, gold_mask, nll_coef)
@@ -147,7 +146,7 @@ def triple_po_ipo_loss(
     """
     require_positive(beta=beta)
     chosen, rejected = _sums(policy_chosen_logps, chosen_mask), _sums(policy_rejected_logps, rejected_mask)
-    chosen_mean, rejected_mean = _mean(chosen), _mean(rejected)
+    chosen_mean, rejected_mean = chosen.mean_logps, rejected.mean_logps
     preference = jnp.square(chosen_mean - rejected_mean - 1 / (2 * beta))
     metrics = pair_metrics(chosen, rejected, beta * chosen_mean, beta * rejected_mean)
     return _with_gold(preference, metrics, policy_gold_logps, gold_mask, nll_coef)
@@ -183,11 +182,6 @@ def make_triples(scores: Array, *, chosen_rank: int = 2) -> Triples:
 
 def _sums(policy_logps: Array, mask: Array) -> CompletionSums:
     return completion_sums(policy_logps, None, mask)
-
-
-def _mean(completion: CompletionSums) -> Array:
-    """Mean log-probability of a token, [B]; zero for an empty completion."""
-    return safe_divide(completion.logps, completion.length)
 
 
 def _with_gold(

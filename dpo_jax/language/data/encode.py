@@ -126,6 +126,37 @@ def encode_rows(
     return examples, EncodeReport(rows=len(rows), examples=len(examples), **count)
 
 
+def encode_prompts(
+    rows: Sequence[PreferenceRow], tokenizer: Any, *, chat_template: ChatTemplate = "auto"
+) -> list[np.ndarray]:
+    """Token ids int32 [P] of the prompts alone, uncut: what a completion in `encode_rows` goes on from.
+
+    Args:
+      rows: completions are not looked at, a prefix belongs to the prompt.
+      tokenizer, chat_template: as for `encode_rows`.
+
+    Raises:
+      RowError: messages without a template, or messages that the template refuses; names the row.
+      ValueError: chat_template "always" without a template.
+    """
+    if chat_template == "always" and not _has_template(tokenizer):
+        raise ValueError('chat_template="always", but the tokenizer has no chat template; set tokenizer.chat_template')
+    texts = []
+    for row in rows:
+        messages = _messages_of(row, tokenizer, chat_template)
+        if messages is None:
+            texts.append(str(row.prompt) + row.prefix)
+            continue
+        try:
+            prompt = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # templates are programs: what they raise is up to them
+            raise RowError(row.file, row.number, f"the chat template refuses this row ({error})") from error
+        texts.append(prompt + row.prefix)
+    adds_bos = _adds_bos(tokenizer)
+    ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    return [np.array(_begin(list(prompt), tokenizer, adds_bos), np.int32) for prompt in ids]
+
+
 def _with_absent(name: str, value: np.ndarray, completions: int, absent: int) -> np.ndarray:
     """A column with room for the absent items of a list, if it has a place per item."""
     per_token = is_per_token(name, value, completions)
@@ -244,7 +275,7 @@ class _Tokens(NamedTuple):
 def _tokenise(
     rows: Sequence[PreferenceRow], tokenizer: Any, chat_template: ChatTemplate, step_delimiter: str | None
 ) -> Iterator[_Tokens]:
-    adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    adds_bos = _adds_bos(tokenizer)
     for begin in range(0, len(rows), ROWS_AT_ONCE):
         some = rows[begin : begin + ROWS_AT_ONCE]
         parts = [_texts(row, tokenizer, chat_template) for row in some]
@@ -273,6 +304,11 @@ def _split_steps(text: str, delimiter: str | None) -> list[str]:
     pieces = text.split(delimiter)
     steps = [piece + delimiter for piece in pieces[:-1]] + [pieces[-1]]
     return [step for step in steps if step]
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts a BOS in front by itself."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def _begin(prompt: list[int], tokenizer: Any, adds_bos: bool) -> list[int]:

@@ -1,4 +1,4 @@
-"""The command line: `dpo-jax demo | train | evaluate | export | methods`."""
+"""The command line: `dpo-jax demo | train | evaluate | generate | export | methods`."""
 
 import sys
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ usage: dpo-jax COMMAND [options]; `dpo-jax COMMAND --help` shows the options
   demo      the whole way on a synthetic task with an exact judge, in minutes, without a network
   train     train a METHOD on a model and preference data; the same command continues a run
   evaluate  reward accuracy, margin, KL to the reference, log-probs and lengths on pairs
+  generate  completions of prompts, by sampling or beam search, to a file or at the terminal
   export    write a checkpoint of a run as a Hugging Face folder
   methods   the losses that can be trained
 """
@@ -27,7 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         print(__version__)
         return DONE
-    commands = {"demo": _demo, "train": _train, "evaluate": _evaluate, "export": _export, "methods": _methods}
+    commands = {
+        "demo": _demo,
+        "train": _train,
+        "evaluate": _evaluate,
+        "generate": _generate,
+        "export": _export,
+        "methods": _methods,
+    }
     if words[0] not in commands:
         say(f"dpo-jax: unknown command {words[0]!r}; there are {', '.join(commands)}")
         return WRONG_USE
@@ -62,6 +70,13 @@ def _evaluate(words: list[str]) -> None:
     from dpo_jax.cli.evaluate import EvaluateConfig, evaluate_command
 
     evaluate_command(parse(EvaluateConfig, words, prog="dpo-jax evaluate"))
+
+
+def _generate(words: list[str]) -> None:
+    from dpo_jax.cli.configs import parse
+    from dpo_jax.cli.generate import GenerateConfig, generate_command
+
+    generate_command(parse(GenerateConfig, words, prog="dpo-jax generate"))
 
 
 def _export(words: list[str]) -> None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -43,7 +42,7 @@ class Searcher:
       mesh: that groups and heads are spread over, or None.
     """
 
-    run: Callable[[Sequence[PyTree], Array, Array], Beams]
+    run: Callable[[Sequence[PyTree], Array | np.ndarray, Array | np.ndarray], Beams]
     groups: int
     mesh: Mesh | None
 
@@ -122,7 +121,7 @@ def search(searcher: Searcher, variables: Sequence[PyTree], prompts: Sequence[np
             for row, place in enumerate(places):
                 lengths[row] = len(prompts[place])
                 tokens[row, : lengths[row]] = prompts[place]
-            beams = jax.device_get(searcher.run(variables, jnp.asarray(tokens), jnp.asarray(lengths)))
+            beams = jax.device_get(searcher.run(variables, tokens, lengths))
             results |= {place: _found(beams, row) for row, place in enumerate(places)}
     return [results[place] for place in range(len(prompts))]
 

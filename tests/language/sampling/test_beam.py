@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-
 from dpo_jax.language.sampling.beam import beam_search, gnmt_penalty, implicit_value, length_power
 
 WORDS, DEPTH, STOP = 4, 4, 3

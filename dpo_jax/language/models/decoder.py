@@ -181,7 +181,12 @@ class Decoder(nnx.Module):
         if config.remat != "none":
             layer = jax.checkpoint(layer, policy=_REMAT[config.remat], prevent_cse=False)
         x, cache = jax.lax.scan(layer, x, (stacked, cache, self._local()))
-        return self.norm(x), cache
+        x = self.norm(x)
+        if config.learned_positions:
+            # Behind the last position an answer would only be wrong, and nobody would notice. Others that see such a
+            # token, or mask it, keep their numbers.
+            x = jnp.where((positions < config.learned_positions)[..., None], x, jnp.nan)
+        return x, cache
 
     def _embedded(self, tokens: Array, positions: Array) -> Array:
         """Words and learned positions, [R, L, D] in the compute dtype."""
@@ -193,8 +198,7 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(math.sqrt(config.hidden_size), config.dtype)
         if self.positions is not None:
             table = constrain(self.positions.embedding[...], None, None)
-            # A token behind the last position gets NaN: clamped, it would only be wrong, and nobody would notice.
-            x = x + table.at[positions].get(mode="fill", fill_value=jnp.nan).astype(config.dtype)
+            x = x + table.at[positions].get(mode="clip").astype(config.dtype)
         return constrain(x, BATCH_AXES, None, None)
 
     def _local(self) -> _Local:

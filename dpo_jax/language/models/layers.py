@@ -38,7 +38,7 @@ class Linear(nnx.Module):
         # As one matrix: on CPU the gradient of a batched product inside a scan takes twice as long.
         rows, kernel = x.reshape(-1, x.shape[-1]), self.kernel[...]
         y = rows @ kernel.astype(self.dtype)
-        if self.lora_a is not None:
+        if self.lora_a is not None and self.lora_b is not None and self.lora_scale is not None:
             magnitude = None if self.lora_magnitude is None else self.lora_magnitude[...]
             a, b, scale = self.lora_a[...], self.lora_b[...], self.lora_scale[...]
             y = adapt(y, rows, kernel, a=a, b=b, scale=scale, magnitude=magnitude)

@@ -1,12 +1,10 @@
 """What tests of losses over lists share: ragged float64 lists, lists from log ratios, one compiled evaluation."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
-from numeric import Arrays, float32
+from numeric import Arrays, value_and_gradients
 
 from dpo_jax.types import LossOutput
 
@@ -55,20 +53,7 @@ def log_ratios(arrays: Arrays) -> np.ndarray:
     return ((arrays["policy_logps"] - arrays["reference_logps"]) * arrays["mask"]).sum(-1)
 
 
-@functools.cache
-def _compiled(loss: Callable[..., LossOutput], options: tuple) -> Callable[[dict], tuple[LossOutput, jax.Array]]:
-    def total(policy_logps: jax.Array, arrays: dict) -> tuple[jax.Array, LossOutput]:
-        output = loss(policy_logps=policy_logps, **arrays, **dict(options))
-        return output.loss.sum(), output
-
-    def run(arrays: dict) -> tuple[LossOutput, jax.Array]:
-        rest = {name: value for name, value in arrays.items() if name != "policy_logps"}
-        gradient, output = jax.grad(total, has_aux=True)(arrays["policy_logps"], rest)
-        return output, gradient
-
-    return jax.jit(run)
-
-
 def evaluate(loss: Callable[..., LossOutput], arrays: Arrays, **options: float) -> tuple[LossOutput, np.ndarray]:
     """Output of a loss and the gradient of its sum by `policy_logps`, in float32 and compiled."""
-    return jax.device_get(_compiled(loss, tuple(sorted(options.items())))(float32(arrays)))
+    output, gradient = value_and_gradients(loss, arrays, **options)
+    return output, gradient["policy_logps"]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numeric import central_differences, softplus
 
 from dpo_jax.language.methods.adversarial_po import (
     adversarial_difference_loss,
@@ -19,10 +20,6 @@ from dpo_jax.language.methods.reward_model import reward_pairs_loss
 
 B, K, T = 6, 4, 5
 GAME = (adversarial_reward_loss, adversarial_difference_loss, adversarial_term_mean_loss)
-
-
-def softplus(z):
-    return np.logaddexp(0.0, z)
 
 
 def lists(seed=0):
@@ -124,18 +121,6 @@ def evaluate(loss, arrays, **options):
     return output, gradient[names[0]]
 
 
-def numeric_gradient(function, arrays, name, step=1e-6):
-    gradient = np.zeros_like(arrays[name])
-    for place in np.ndindex(gradient.shape):
-        moved = []
-        for sign in (1, -1):
-            shifted = arrays[name].copy()
-            shifted[place] += sign * step
-            moved.append(function({**arrays, name: shifted}).sum())
-        gradient[place] = (moved[0] - moved[1]) / (2 * step)
-    return gradient
-
-
 @pytest.mark.parametrize(("loss", "formula", "options"), MEMBERS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_value_and_gradient_against_the_formula(loss, formula, options, seed):
@@ -143,7 +128,7 @@ def test_value_and_gradient_against_the_formula(loss, formula, options, seed):
     output, gradient = evaluate(loss, arrays, **options)
     np.testing.assert_allclose(output.loss, formula(arrays, **options), rtol=1e-5, atol=1e-6)
     name = "policy_logps" if loss is rrhf_loss else "policy_reward"
-    numeric = numeric_gradient(lambda a: formula(a, **options), arrays, name)
+    numeric = central_differences(lambda a: formula(a, **options), arrays, name)
     np.testing.assert_allclose(gradient, numeric, rtol=1e-4, atol=1e-6)
 
 

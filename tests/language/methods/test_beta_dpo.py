@@ -4,8 +4,10 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import numeric
 import numpy as np
 import pytest
+from numeric import float32
 
 from dpo_jax.language.methods.beta_dpo import (
     BetaDpoState,
@@ -24,17 +26,7 @@ compiled_loss = jax.jit(beta_dpo_loss, static_argnames=("beta", "alpha", "filter
 
 
 def pairs(seed=0, rows=B):
-    rng = np.random.default_rng(seed)
-    arrays = {}
-    for side in SIDES:
-        arrays[f"reference_{side}_logps"] = -rng.gamma(2.0, 0.8, (rows, T))
-        arrays[f"policy_{side}_logps"] = arrays[f"reference_{side}_logps"] - rng.normal(0, 0.7, (rows, T))
-        arrays[f"{side}_mask"] = (np.arange(T) < rng.integers(1, T + 1, (rows, 1))).astype(float)
-    return arrays
-
-
-def float32(arrays):
-    return {name: jnp.asarray(value, jnp.float32) for name, value in arrays.items()}
+    return numeric.pairs(seed, 0.7, rows=rows, tokens=T)
 
 
 def state(mean, std):

@@ -3,10 +3,11 @@
 import functools
 import itertools
 
-import jax
 import jax.numpy as jnp
+import numeric
 import numpy as np
 import pytest
+from numeric import central_differences, float32, gradients, without
 
 from dpo_jax.language.methods.cdpo_critical import (
     CriticalToken,
@@ -23,22 +24,12 @@ SIDES = ("chosen", "rejected")
 
 
 def pairs(seed=0, spread=0.5):
-    rng = np.random.default_rng(seed)
-    arrays = {}
-    for side in SIDES:
-        arrays[f"reference_{side}_logps"] = -rng.gamma(2.0, 0.8, (B, T))
-        arrays[f"policy_{side}_logps"] = arrays[f"reference_{side}_logps"] - rng.normal(0, spread, (B, T))
-        arrays[f"{side}_mask"] = (np.arange(T) < rng.integers(1, T + 1, (B, 1))).astype(float)
-    arrays["contrastive_rejected_logps"] = np.log(rng.uniform(0.01, 1.0, (B, T)))
-    return arrays
-
-
-def float32(arrays):
-    return {name: jnp.asarray(value, jnp.float32) for name, value in arrays.items()}
+    scores = np.log(np.random.default_rng([seed, 1]).uniform(0.01, 1.0, (B, T)))
+    return numeric.pairs(seed, spread) | {"contrastive_rejected_logps": scores}
 
 
 def without_scores(arrays):
-    return {name: value for name, value in arrays.items() if not name.startswith("contrastive")}
+    return without(arrays, "contrastive")
 
 
 def numpy_phis(a, gamma):
@@ -54,24 +45,6 @@ def numpy_cdpo(a, gamma):
     return np.logaddexp(0.0, -(phi_w - phi_l))
 
 
-def numeric_gradient(function, arrays, name, step=1e-6):
-    gradient = np.zeros((B, T))
-    for place in np.ndindex(B, T):
-        moved = []
-        for sign in (1, -1):
-            shifted = arrays[name].copy()
-            shifted[place] += sign * step
-            moved.append(function({**arrays, name: shifted}).sum())
-        gradient[place] = (moved[0] - moved[1]) / (2 * step)
-    return gradient
-
-
-def gradients(loss, arrays):
-    arrays = float32(arrays)
-    policy = {f"policy_{side}_logps": arrays[f"policy_{side}_logps"] for side in SIDES}
-    return jax.jit(jax.grad(lambda policy: loss(**{**arrays, **policy}).loss.sum()))(policy)
-
-
 @pytest.mark.parametrize("gamma", [0.1, 1.0])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_value_and_gradient_against_the_formula(gamma, seed):
@@ -83,7 +56,7 @@ def test_value_and_gradient_against_the_formula(gamma, seed):
     np.testing.assert_allclose(output.metrics["chosen_reward"], phi_w, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(output.metrics["rejected_reward"], phi_l, rtol=1e-4, atol=1e-5)
     for name, gradient in gradients(loss, arrays).items():
-        np.testing.assert_allclose(gradient, numeric_gradient(function, arrays, name), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(gradient, central_differences(function, arrays, name), rtol=1e-4, atol=1e-6)
 
 
 def test_default_is_that_of_the_official_code():

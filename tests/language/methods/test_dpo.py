@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numeric import central_differences, float32, gradients, pairs, softplus, sums
 
 from dpo_jax.language.methods import (
     alpha_divergence_loss,
@@ -27,35 +28,6 @@ from dpo_jax.tree import interpolate
 
 B, T = 5, 6
 LOG2 = np.log(2.0)
-
-
-def softplus(z):
-    return np.logaddexp(0.0, z)
-
-
-def pairs(seed=0, spread=0.5):
-    """Float64 pairs with ragged masks; the policy strays from the reference by `spread` nats per token."""
-    rng = np.random.default_rng(seed)
-    arrays = {}
-    for side in ("chosen", "rejected"):
-        arrays[f"reference_{side}_logps"] = -rng.gamma(2.0, 0.8, (B, T))
-        arrays[f"policy_{side}_logps"] = arrays[f"reference_{side}_logps"] - rng.normal(0, spread, (B, T))
-        arrays[f"{side}_mask"] = (np.arange(T) < rng.integers(1, T + 1, (B, 1))).astype(float)
-    return arrays
-
-
-def float32(arrays):
-    return {name: jnp.asarray(value, jnp.float32) for name, value in arrays.items()}
-
-
-def sums(a):
-    """(S_w, u, |y_w|, S_l, v, |y_l|), each float64 [B]."""
-    out = []
-    for side in ("chosen", "rejected"):
-        policy, mask = a[f"policy_{side}_logps"], a[f"{side}_mask"]
-        reference = a.get(f"reference_{side}_logps", 0.0 * policy)
-        out += [(policy * mask).sum(-1), ((policy - reference) * mask).sum(-1), mask.sum(-1)]
-    return out
 
 
 # Each formula of the module's card once more, in float64 NumPy: arrays -> [B].
@@ -147,27 +119,6 @@ MEMBERS = [
 IDS = [f"{loss.__name__}-{'-'.join(map(str, options.values()))}" for loss, _, options in MEMBERS]
 
 
-def numeric_gradient(function, arrays, name, step=1e-6):
-    """Central differences of sum(function) by every entry of one array, float64."""
-    gradient = np.zeros((B, T))
-    for place in np.ndindex(B, T):
-        moved = []
-        for sign in (1, -1):
-            shifted = arrays[name].copy()
-            shifted[place] += sign * step
-            moved.append(function({**arrays, name: shifted}).sum())
-        gradient[place] = (moved[0] - moved[1]) / (2 * step)
-    return gradient
-
-
-def gradients(loss, arrays):
-    """Gradient of sum(loss) by the policy's two arrays, compiled."""
-    arrays = float32(arrays)
-    names = ("policy_chosen_logps", "policy_rejected_logps")
-    policy = {name: arrays[name] for name in names}
-    return jax.jit(jax.grad(lambda policy: loss(**{**arrays, **policy}).loss.sum()))(policy)
-
-
 @pytest.mark.parametrize(("loss", "formula", "options"), MEMBERS, ids=IDS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_value_and_gradient_against_the_formula(loss, formula, options, seed):
@@ -175,7 +126,7 @@ def test_value_and_gradient_against_the_formula(loss, formula, options, seed):
     function = functools.partial(formula, **options)
     np.testing.assert_allclose(loss(**float32(arrays), **options).loss, function(arrays), rtol=2e-5, atol=1e-6)
     for name, gradient in gradients(functools.partial(loss, **options), arrays).items():
-        np.testing.assert_allclose(gradient, numeric_gradient(function, arrays, name), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(gradient, central_differences(function, arrays, name), rtol=1e-4, atol=1e-6)
 
 
 def test_defaults_are_the_papers():

@@ -6,8 +6,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numeric
 import numpy as np
 import pytest
+from numeric import central_differences, float32, gradients
 
 from dpo_jax.language.methods.dpo import dpo_loss
 from dpo_jax.language.methods.ipr_bcr import (
@@ -23,21 +25,11 @@ SIDES = ("chosen", "rejected")
 
 
 def pairs(seed=0, spread=0.5):
-    rng = np.random.default_rng(seed)
-    arrays = {}
-    for side in SIDES:
-        arrays[f"reference_{side}_logps"] = -rng.gamma(2.0, 0.8, (B, T))
-        arrays[f"policy_{side}_logps"] = arrays[f"reference_{side}_logps"] - rng.normal(0.2, spread, (B, T))
-        arrays[f"{side}_mask"] = (np.arange(T) < rng.integers(1, T + 1, (B, 1))).astype(float)
-    return arrays
+    return numeric.pairs(seed, spread, drift=0.2)
 
 
 def for_simpo(arrays):
     return {name: value for name, value in arrays.items() if name != "reference_rejected_logps"}
-
-
-def float32(arrays):
-    return {name: jnp.asarray(value, jnp.float32) for name, value in arrays.items()}
 
 
 def summed(a, name, side):
@@ -60,24 +52,6 @@ def numpy_bcr_simpo(a, beta, gamma, budget, penalty_coef, length_normalize):
     mean_w, mean_l = (summed(a, "policy", side) / a[f"{side}_mask"].sum(-1) for side in SIDES)
     base = np.logaddexp(0.0, -(beta * (mean_w - mean_l) - gamma))
     return base + penalty_coef * numpy_penalty(a, budget, length_normalize)
-
-
-def numeric_gradient(function, arrays, name, step=1e-6):
-    gradient = np.zeros((B, T))
-    for place in np.ndindex(B, T):
-        moved = []
-        for sign in (1, -1):
-            shifted = arrays[name].copy()
-            shifted[place] += sign * step
-            moved.append(function({**arrays, name: shifted}).sum())
-        gradient[place] = (moved[0] - moved[1]) / (2 * step)
-    return gradient
-
-
-def gradients(loss, arrays):
-    arrays = float32(arrays)
-    policy = {f"policy_{side}_logps": arrays[f"policy_{side}_logps"] for side in SIDES}
-    return jax.jit(jax.grad(lambda policy: loss(**{**arrays, **policy}).loss.sum()))(policy)
 
 
 MEMBERS = [
@@ -103,7 +77,7 @@ def test_value_and_gradient_against_the_formula(loss, formula, options, seed):
     function = functools.partial(formula, **options)
     np.testing.assert_allclose(output.loss, function(arrays), rtol=2e-5, atol=1e-6)
     for name, gradient in gradients(functools.partial(loss, **options), arrays).items():
-        np.testing.assert_allclose(gradient, numeric_gradient(function, arrays, name), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(gradient, central_differences(function, arrays, name), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("loss", "formula", "options"), MEMBERS[::2])

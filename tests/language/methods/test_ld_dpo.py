@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numeric
 import numpy as np
 import pytest
+from numeric import float32, value_and_gradients
 
 from dpo_jax.language.methods.dpo import dpo_loss
 from dpo_jax.language.methods.ld_dpo import ld_dpo_loss, ld_weights
@@ -14,33 +16,11 @@ SIDES = ("chosen", "rejected")
 
 def pairs(seed=0, holes=True):
     """Float64 pairs with ragged masks; holes in the first row's masks."""
-    rng = np.random.default_rng(seed)
-    arrays = {}
-    for side in SIDES:
-        arrays[f"reference_{side}_logps"] = -rng.gamma(2.0, 0.8, (B, T))
-        arrays[f"policy_{side}_logps"] = arrays[f"reference_{side}_logps"] - rng.normal(0, 0.5, (B, T))
-        arrays[f"{side}_mask"] = (np.arange(T) < rng.integers(1, T + 1, (B, 1))).astype(float)
+    arrays = numeric.pairs(seed, rows=B, tokens=T)
     if holes:
         arrays["chosen_mask"][0] = [0, 1, 0, 1, 1, 0, 1]
         arrays["rejected_mask"][0] = [1, 0, 0, 1, 0, 0, 0]
     return arrays
-
-
-def float32(arrays):
-    return {name: jnp.asarray(value, jnp.float32) for name, value in arrays.items()}
-
-
-def value_and_gradients(arrays, **options):
-    """Output and the gradient of its summed loss by the policy's two arrays, compiled."""
-    inputs = float32(arrays)
-    policy = {name: inputs[name] for name in (f"policy_{side}_logps" for side in SIDES)}
-
-    def total(policy):
-        output = ld_dpo_loss(**{**inputs, **policy}, **options)
-        return output.loss.sum(), output
-
-    gradient, output = jax.jit(jax.grad(total, has_aux=True))(policy)
-    return output, gradient
 
 
 def loop_weights(mask, other, alpha, last):
@@ -84,7 +64,7 @@ def test_value_and_gradient_against_the_formula(beta, alpha, last):
     arrays = pairs(2)
     expected, u, v, weights = numpy_loss(arrays, beta, alpha, last)
     options = dict(beta=beta, alpha=alpha, last_token_full_weight=last)
-    output, gradient = value_and_gradients(arrays, **options)
+    output, gradient = value_and_gradients(ld_dpo_loss, arrays, **options)
     np.testing.assert_allclose(output.loss, expected, rtol=2e-5, atol=1e-6)
     np.testing.assert_allclose(output.metrics["margin"], beta * (u - v), rtol=1e-4, atol=1e-5)
     shared = np.minimum(arrays["chosen_mask"].sum(-1), arrays["rejected_mask"].sum(-1))
@@ -124,9 +104,9 @@ def test_margin_is_linear_in_alpha():
 def test_tail_learns_alpha_times_as_much_and_the_shorter_answer_as_ever():
     arrays = pairs(5)
     same = {**arrays, **{f"policy_{s}_logps": arrays[f"reference_{s}_logps"] for s in SIDES}}
-    _, full = value_and_gradients(same, beta=0.8, alpha=1.0)
+    _, full = value_and_gradients(ld_dpo_loss, same, beta=0.8, alpha=1.0)
     for alpha in (0.0, 0.3):
-        _, actual = value_and_gradients(same, beta=0.8, alpha=alpha)
+        _, actual = value_and_gradients(ld_dpo_loss, same, beta=0.8, alpha=alpha)
         for side, other in (SIDES, SIDES[::-1]):
             weights = loop_weights(arrays[f"{side}_mask"], arrays[f"{other}_mask"], alpha, False)
             name = f"policy_{side}_logps"

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from variant_cases import check_against, float32, pairs, sigmoid
+from numeric import assert_formula, float32, pairs, sigmoid
 
 from dpo_jax.language.methods.dpo import dpo_loss
 from dpo_jax.language.methods.dpo_variants import exo_pair_loss, nca_pair_loss
@@ -66,7 +66,8 @@ FORMULAS = dict(zip(LOSSES, map(per_row, (infonca_row, nca_row, exo_row))))
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
 @pytest.mark.parametrize(("beta", "reward_temperature"), [(0.7, 1.0), (0.2, 3.0)])
 def test_value_and_gradient_against_the_formula(loss, beta, reward_temperature):
-    check_against(loss, FORMULAS[loss], lists(), dict(beta=beta, reward_temperature=reward_temperature))
+    options = dict(beta=beta, reward_temperature=reward_temperature)
+    assert_formula(loss, functools.partial(FORMULAS[loss], **options), lists(), **options)
 
 
 def test_defaults_are_the_papers():

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numeric import float32, pairs, sigmoid, value_and_gradients
 
 from dpo_jax.language.methods.dpo import dpo_loss
 from dpo_jax.language.methods.ln_dpo import generation_stats, ln_dpo_loss
@@ -12,42 +13,10 @@ B, T = 5, 6
 SIDES = ("chosen", "rejected")
 
 
-def pairs(seed=0):
-    """Float64 pairs with ragged masks."""
-    rng = np.random.default_rng(seed)
-    arrays = {}
-    for side in SIDES:
-        arrays[f"reference_{side}_logps"] = -rng.gamma(2.0, 0.8, (B, T))
-        arrays[f"policy_{side}_logps"] = arrays[f"reference_{side}_logps"] - rng.normal(0, 0.5, (B, T))
-        arrays[f"{side}_mask"] = (np.arange(T) < rng.integers(1, T + 1, (B, 1))).astype(float)
-    return arrays
-
-
-def float32(arrays):
-    return {name: jnp.asarray(value, jnp.float32) for name, value in arrays.items()}
-
-
-def value_and_gradients(arrays, **options):
-    """Output and the gradient of its summed loss by the policy's two arrays, compiled."""
-    inputs = float32(arrays)
-    policy = {name: inputs[name] for name in (f"policy_{side}_logps" for side in SIDES)}
-
-    def total(policy):
-        output = ln_dpo_loss(**{**inputs, **policy}, **options)
-        return output.loss.sum(), output
-
-    gradient, output = jax.jit(jax.grad(total, has_aux=True))(policy)
-    return output, gradient
-
-
 def means(a):
     """(u, v): mean log ratio per token of both sides, float64 [B]."""
     ratios = (a[f"policy_{side}_logps"] - a[f"reference_{side}_logps"] for side in SIDES)
     return [(r * a[f"{s}_mask"]).sum(-1) / a[f"{s}_mask"].sum(-1) for s, r in zip(SIDES, ratios)]
-
-
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
 
 
 @pytest.mark.parametrize(("beta", "e"), [(5.0, 0.0), (0.7, 0.2)])
@@ -57,7 +26,7 @@ def test_value_and_gradient_against_the_formula(seed, beta, e):
     u, v = means(arrays)
     x = beta * (u - v)
     expected = (1 - e) * np.logaddexp(0, -x) + e * np.logaddexp(0, x)
-    output, gradient = value_and_gradients(arrays, beta=beta, label_smoothing=e)
+    output, gradient = value_and_gradients(ln_dpo_loss, arrays, beta=beta, label_smoothing=e)
     np.testing.assert_allclose(output.loss, expected, rtol=2e-5, atol=1e-6)
     np.testing.assert_allclose(output.metrics["chosen_reward"], beta * u, rtol=1e-4, atol=1e-6)
     slope = beta * (e * sigmoid(x) - (1 - e) * sigmoid(-x))

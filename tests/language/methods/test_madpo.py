@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numeric
 import numpy as np
 import pytest
+from numeric import float32, value_and_gradients
 
 from dpo_jax.language.methods.dpo import dpo_loss
 from dpo_jax.language.methods.madpo import gumbel_preference, madpo_loss, madpo_weights
@@ -26,31 +28,8 @@ def numpy_weights(h, c_max, c_min, steepness, tau):
 
 
 def pairs(seed=0):
-    rng = np.random.default_rng(seed)
-    arrays = {}
-    for side in SIDES:
-        arrays[f"reference_{side}_logps"] = -rng.gamma(2.0, 0.8, (B, T))
-        arrays[f"policy_{side}_logps"] = arrays[f"reference_{side}_logps"] - rng.normal(0, 0.5, (B, T))
-        arrays[f"{side}_mask"] = (np.arange(T) < rng.integers(1, T + 1, (B, 1))).astype(float)
-        arrays[f"{side}_score"] = rng.normal(0, 4, B)
-    return arrays
-
-
-def float32(arrays):
-    return {name: jnp.asarray(value, jnp.float32) for name, value in arrays.items()}
-
-
-def value_and_gradients(arrays, **options):
-    """Output and the gradient of its summed loss by the policy's two arrays, compiled."""
-    inputs = float32(arrays)
-    policy = {name: inputs[name] for name in (f"policy_{side}_logps" for side in SIDES)}
-
-    def total(policy):
-        output = madpo_loss(**{**inputs, **policy}, **options)
-        return output.loss.sum(), output
-
-    gradient, output = jax.jit(jax.grad(total, has_aux=True))(policy)
-    return output, gradient
+    rng = np.random.default_rng([seed, 1])
+    return numeric.pairs(seed, rows=B, tokens=T) | {f"{side}_score": rng.normal(0, 4, B) for side in SIDES}
 
 
 def without_scores(arrays):
@@ -117,7 +96,7 @@ def test_value_and_gradient_are_the_weight_times_those_of_dpo(options, beta):
     x = beta * (ratio[0].sum(-1) - ratio[1].sum(-1))
     h = arrays["chosen_score"] - arrays["rejected_score"]
     weight, coef = numpy_weights(h, **options)
-    output, gradient = value_and_gradients(arrays, beta=beta, **options)
+    output, gradient = value_and_gradients(madpo_loss, arrays, beta=beta, **options)
     np.testing.assert_allclose(output.loss, weight * np.logaddexp(0, -x), rtol=2e-5)
     for name, value in (("pair_weight", weight), ("coef", coef), ("score_margin", h)):
         np.testing.assert_allclose(output.metrics[name], value, rtol=2e-5, atol=1e-6)

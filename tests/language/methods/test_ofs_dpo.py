@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numeric import sigmoid, softplus
 
 from dpo_jax.language.methods.dpo import dpo_loss
 from dpo_jax.language.methods.ofs_dpo import (
@@ -37,14 +38,6 @@ def gap(a, model):
     """d = log pi(y_w) - log pi(y_l), float64 [B]."""
     chosen, rejected = ((a[f"{model}_{s}_logps"] * a[f"{s}_mask"]).sum(-1) for s in SIDES)
     return chosen - rejected
-
-
-def softplus(z):
-    return np.logaddexp(0.0, z)
-
-
-def sigmoid(z):
-    return 1 / (1 + np.exp(-z))
 
 
 def numpy_losses(a, fast_leads, beta, alpha):

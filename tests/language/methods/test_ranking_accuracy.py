@@ -5,8 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numeric
 import numpy as np
 import pytest
+from numeric import float32
 
 from dpo_jax.language.methods.ranking_accuracy import (
     PAPER_BETAS,
@@ -28,18 +30,7 @@ B, T = 12, 6
 
 
 def pairs(seed=0, spread=0.8):
-    """Float64 pairs with ragged masks; the policy strays from the reference by `spread` nats per token."""
-    rng = np.random.default_rng(seed)
-    arrays = {}
-    for side in ("chosen", "rejected"):
-        arrays[f"reference_{side}_logps"] = -rng.gamma(2.0, 0.8, (B, T))
-        arrays[f"policy_{side}_logps"] = arrays[f"reference_{side}_logps"] - rng.normal(0, spread, (B, T))
-        arrays[f"{side}_mask"] = (np.arange(T) < rng.integers(1, T + 1, (B, 1))).astype(float)
-    return arrays
-
-
-def float32(arrays) -> dict[str, Any]:
-    return {name: jnp.asarray(value, jnp.float32) for name, value in arrays.items()}
+    return numeric.pairs(seed, spread, rows=B, tokens=T)
 
 
 def total(arrays, name):

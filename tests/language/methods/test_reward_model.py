@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numeric import central_differences, softplus
 
 from dpo_jax.language.methods.reward_model import (
     bradley_terry_loss,
@@ -24,10 +25,6 @@ from dpo_jax.language.methods.reward_model import (
 
 B, K, T = 7, 4, 3
 LOG2 = np.log(2.0)
-
-
-def softplus(z):
-    return np.logaddexp(0.0, z)
 
 
 def pairs(seed=0):
@@ -154,18 +151,6 @@ def evaluate(loss, arrays, names, **options):
     return output, gradient
 
 
-def numeric_gradient(function, arrays, name, step=1e-6):
-    gradient = np.zeros_like(arrays[name])
-    for place in np.ndindex(gradient.shape):
-        moved = []
-        for sign in (1, -1):
-            shifted = arrays[name].copy()
-            shifted[place] += sign * step
-            moved.append(function({**arrays, name: shifted}).sum())
-        gradient[place] = (moved[0] - moved[1]) / (2 * step)
-    return gradient
-
-
 @pytest.mark.parametrize(("loss", "formula", "names", "options"), MEMBERS, ids=IDS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_value_and_gradient_against_the_formula(loss, formula, names, options, seed):
@@ -173,7 +158,7 @@ def test_value_and_gradient_against_the_formula(loss, formula, names, options, s
     output, gradient = evaluate(loss, arrays, names, **options)
     np.testing.assert_allclose(output.loss, formula(arrays, **options), rtol=1e-5, atol=1e-6)
     for name, value in gradient.items():
-        numeric = numeric_gradient(lambda a: formula(a, **options), arrays, name)
+        numeric = central_differences(lambda a: formula(a, **options), arrays, name)
         np.testing.assert_allclose(value, numeric, rtol=1e-4, atol=1e-6, err_msg=name)
 
 

@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numeric
 import numpy as np
 import pytest
+from numeric import float32, value_and_gradients
 
 from dpo_jax.language.methods.dpo import dpo_loss
 from dpo_jax.language.methods.sem_dpo import sem_dpo_loss, semantic_distance, semantic_weights
@@ -13,30 +15,8 @@ SIDES = ("chosen", "rejected")
 
 
 def pairs(seed=0):
-    rng = np.random.default_rng(seed)
-    arrays = {}
-    for side in SIDES:
-        arrays[f"reference_{side}_logps"] = -rng.gamma(2.0, 0.8, (B, T))
-        arrays[f"policy_{side}_logps"] = arrays[f"reference_{side}_logps"] - rng.normal(0, 0.5, (B, T))
-        arrays[f"{side}_mask"] = (np.arange(T) < rng.integers(1, T + 1, (B, 1))).astype(float)
-    return arrays | {"semantic_distance": rng.uniform(0, 2, B)}
-
-
-def float32(arrays):
-    return {name: jnp.asarray(value, jnp.float32) for name, value in arrays.items()}
-
-
-def value_and_gradients(arrays, **options):
-    """Output and the gradient of its summed loss by the policy's two arrays, compiled."""
-    inputs = float32(arrays)
-    policy = {name: inputs[name] for name in (f"policy_{side}_logps" for side in SIDES)}
-
-    def total(policy):
-        output = sem_dpo_loss(**{**inputs, **policy}, **options)
-        return output.loss.sum(), output
-
-    gradient, output = jax.jit(jax.grad(total, has_aux=True))(policy)
-    return output, gradient
+    distance = np.random.default_rng([seed, 1]).uniform(0, 2, B)
+    return numeric.pairs(seed, rows=B, tokens=T) | {"semantic_distance": distance}
 
 
 def embeddings(seed=0):
@@ -93,7 +73,7 @@ def test_value_and_gradient_are_the_weight_times_those_of_dpo(beta, alpha):
     ratio = [(arrays[f"policy_{s}_logps"] - arrays[f"reference_{s}_logps"]) * arrays[f"{s}_mask"] for s in SIDES]
     x = beta * (ratio[0].sum(-1) - ratio[1].sum(-1))
     weight = np.exp(-alpha * arrays["semantic_distance"])
-    output, gradient = value_and_gradients(arrays, beta=beta, alpha=alpha)
+    output, gradient = value_and_gradients(sem_dpo_loss, arrays, beta=beta, alpha=alpha)
     np.testing.assert_allclose(output.loss, weight * np.logaddexp(0, -x), rtol=2e-5, atol=1e-7)
     np.testing.assert_allclose(output.metrics["pair_weight"], weight, rtol=1e-5)
     for side, sign in (("chosen", 1), ("rejected", -1)):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numeric import float32, pairs, value_and_gradients
 
 from dpo_jax.language.methods.dpo import ipo_sum_loss
 from dpo_jax.language.methods.srpo import (
@@ -24,18 +25,8 @@ SIDES = [*PAIR, *(f"{a}_given_{b}" for a in PAIR for b in PAIR)]
 CYCLE = np.array([[0.5, 0.9, 0.4], [0.1, 0.5, 0.8], [0.6, 0.2, 0.5]])
 
 
-def arrays_of(seed=0, spread=0.7):
-    rng = np.random.default_rng(seed)
-    arrays = {}
-    for side in SIDES:
-        arrays[f"reference_{side}_logps"] = -rng.gamma(2.0, 0.8, (B, T))
-        arrays[f"policy_{side}_logps"] = arrays[f"reference_{side}_logps"] - rng.normal(0, spread, (B, T))
-        arrays[f"{side}_mask"] = (np.arange(T) < rng.integers(1, T + 1, (B, 1))).astype(float)
-    return arrays
-
-
-def float32(arrays):
-    return {name: jnp.asarray(value, jnp.float32) for name, value in arrays.items()}
+def arrays_of(seed=0):
+    return pairs(seed, 0.7, tokens=T, sides=tuple(SIDES))
 
 
 def from_ratios(ratios):
@@ -70,14 +61,7 @@ def test_value_and_gradient_against_the_formula(beta, alpha):
         improve, robust = numpy_terms(r, beta)
         return (1 - alpha) * robust + alpha * improve
 
-    inputs = float32(arrays)
-    policy = {name: inputs[name] for name in inputs if name.startswith("policy")}
-
-    def total(policy):
-        output = srpo_loss(**{**inputs, **policy}, beta=beta, alpha=alpha)
-        return output.loss.sum(), output
-
-    gradient, output = jax.jit(jax.grad(total, has_aux=True))(policy)
+    output, gradient = value_and_gradients(srpo_loss, arrays, beta=beta, alpha=alpha)
     np.testing.assert_allclose(output.loss, formula(ratios), rtol=2e-5, atol=1e-6)
     improve, robust = numpy_terms(ratios, beta)
     np.testing.assert_allclose(output.metrics["improve_loss"], improve, rtol=2e-5, atol=1e-6)

@@ -7,9 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from variant_cases import (
-    B,
-    check_against,
+from numeric import (
+    assert_formula,
     float32,
     gradients,
     pairs,
@@ -48,8 +47,8 @@ def free(seed=0):
 def scored(seed=0):
     """Pairs with scores; the gap of row 1 is negative and that of row 3 is zero."""
     rng = np.random.default_rng([seed, 1])
-    rejected = rng.normal(0, 1, B)
-    gap = rng.uniform(0.1, 3.0, B) * [1, -1, 1, 0, 1]
+    rejected = rng.normal(0, 1, 5)
+    gap = rng.uniform(0.1, 3.0, 5) * [1, -1, 1, 0, 1]
     return {**pairs(seed), "chosen_score": rejected + gap, "rejected_score": rejected}
 
 
@@ -129,7 +128,7 @@ IDS = [f"{loss.__name__}-{'-'.join(map(str, options.values()))}" for loss, _, _,
 
 @pytest.mark.parametrize(("loss", "formula", "arrays", "options"), MEMBERS, ids=IDS)
 def test_value_and_gradient_against_the_formula(loss, formula, arrays, options):
-    check_against(loss, formula, arrays, options)
+    assert_formula(loss, functools.partial(formula, **options), arrays, **options)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numeric
 import numpy as np
 import pytest
+from numeric import central_differences, float32, gradients, without
 
 from dpo_jax.language.methods.dpo import dpo_loss
 from dpo_jax.language.methods.tgdpo import tgdpo_loss, tgdpo_weights, token_guidance
@@ -15,22 +17,14 @@ SIDES = ("chosen", "rejected")
 
 
 def pairs(seed=0, spread=0.5):
-    rng = np.random.default_rng(seed)
-    arrays = {}
+    arrays, rng = numeric.pairs(seed, spread), np.random.default_rng([seed, 1])
     for side in SIDES:
-        arrays[f"reference_{side}_logps"] = -rng.gamma(2.0, 0.8, (B, T))
-        arrays[f"policy_{side}_logps"] = arrays[f"reference_{side}_logps"] - rng.normal(0, spread, (B, T))
         arrays[f"guidance_{side}_logps"] = arrays[f"reference_{side}_logps"] - rng.normal(0, 2.0, (B, T))
-        arrays[f"{side}_mask"] = (np.arange(T) < rng.integers(1, T + 1, (B, 1))).astype(float)
     return arrays
 
 
-def float32(arrays):
-    return {name: jnp.asarray(value, jnp.float32) for name, value in arrays.items()}
-
-
 def without_guidance(arrays):
-    return {name: value for name, value in arrays.items() if not name.startswith("guidance")}
+    return without(arrays, "guidance")
 
 
 def numpy_weights(a, scale, alpha, floor=-np.inf):
@@ -54,24 +48,6 @@ def numpy_tgdpo(a, **options):
     return np.logaddexp(0.0, -numpy_margin(a, **options))
 
 
-def numeric_gradient(function, arrays, name, step=1e-6):
-    gradient = np.zeros((B, T))
-    for place in np.ndindex(B, T):
-        moved = []
-        for sign in (1, -1):
-            shifted = arrays[name].copy()
-            shifted[place] += sign * step
-            moved.append(function({**arrays, name: shifted}).sum())
-        gradient[place] = (moved[0] - moved[1]) / (2 * step)
-    return gradient
-
-
-def gradients(loss, arrays):
-    arrays = float32(arrays)
-    policy = {f"policy_{side}_logps": arrays[f"policy_{side}_logps"] for side in SIDES}
-    return jax.jit(jax.grad(lambda policy: loss(**{**arrays, **policy}).loss.sum()))(policy)
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -89,7 +65,7 @@ def test_value_and_gradient_against_the_formula(options):
     np.testing.assert_allclose(output.loss, function(arrays), rtol=2e-5, atol=1e-6)
     np.testing.assert_allclose(output.metrics["weighted_margin"], numpy_margin(arrays, **options), rtol=1e-4, atol=1e-5)
     for name, gradient in gradients(loss, arrays).items():
-        np.testing.assert_allclose(gradient, numeric_gradient(function, arrays, name), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(gradient, central_differences(function, arrays, name), rtol=1e-4, atol=1e-6)
 
 
 def test_defaults_are_the_papers():

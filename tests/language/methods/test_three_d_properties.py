@@ -6,26 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numeric import central_differences, float32, gradients, pairs
 
 from dpo_jax.language.methods.dpo import dpo_loss
 from dpo_jax.language.methods.three_d_properties import dpo_dynamics, flex_dpo_loss, unseen_drift
 
 B, T = 5, 6
 SIDES = ("chosen", "rejected")
-
-
-def pairs(seed=0, spread=0.5):
-    rng = np.random.default_rng(seed)
-    arrays = {}
-    for side in SIDES:
-        arrays[f"reference_{side}_logps"] = -rng.gamma(2.0, 0.8, (B, T))
-        arrays[f"policy_{side}_logps"] = arrays[f"reference_{side}_logps"] - rng.normal(0, spread, (B, T))
-        arrays[f"{side}_mask"] = (np.arange(T) < rng.integers(1, T + 1, (B, 1))).astype(float)
-    return arrays
-
-
-def float32(arrays):
-    return {name: jnp.asarray(value, jnp.float32) for name, value in arrays.items()}
 
 
 def log_ratios(a):
@@ -36,24 +23,6 @@ def numpy_flex(a, beta_plus, beta_minus, sft_coef):
     u, v = log_ratios(a)
     nll = -(a["policy_chosen_logps"] * a["chosen_mask"]).sum(-1) / a["chosen_mask"].sum(-1)
     return np.logaddexp(0.0, -(beta_plus * u - beta_minus * v)) + sft_coef * nll
-
-
-def numeric_gradient(function, arrays, name, step=1e-6):
-    gradient = np.zeros((B, T))
-    for place in np.ndindex(B, T):
-        moved = []
-        for sign in (1, -1):
-            shifted = arrays[name].copy()
-            shifted[place] += sign * step
-            moved.append(function({**arrays, name: shifted}).sum())
-        gradient[place] = (moved[0] - moved[1]) / (2 * step)
-    return gradient
-
-
-def gradients(loss, arrays):
-    arrays = float32(arrays)
-    policy = {f"policy_{side}_logps": arrays[f"policy_{side}_logps"] for side in SIDES}
-    return jax.jit(jax.grad(lambda policy: loss(**{**arrays, **policy}).loss.sum()))(policy)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +39,7 @@ def test_value_and_gradient_against_the_formula(options):
     function, loss = functools.partial(numpy_flex, **options), functools.partial(flex_dpo_loss, **options)
     np.testing.assert_allclose(loss(**float32(arrays)).loss, function(arrays), rtol=2e-5)
     for name, gradient in gradients(loss, arrays).items():
-        np.testing.assert_allclose(gradient, numeric_gradient(function, arrays, name), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(gradient, central_differences(function, arrays, name), rtol=1e-4, atol=1e-6)
 
 
 def test_defaults_are_the_papers():

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numeric import central_differences
 
 from dpo_jax.language.methods.dpo import dpo_loss
 from dpo_jax.language.methods.token_dpo import sequential_kl, tdpo1_loss, tdpo2_loss, token_kl
@@ -72,18 +73,6 @@ def logit_gradients(loss, case):
     return jax.jit(jax.grad(lambda policy: loss(**from_logits({**case, **policy})).loss.sum()))(policy)
 
 
-def numeric_gradient(function, case, name, step=1e-6):
-    gradient = np.zeros(case[name].shape)
-    for place in np.ndindex(*gradient.shape):
-        moved = []
-        for sign in (1, -1):
-            shifted = case[name].copy()
-            shifted[place] += sign * step
-            moved.append(function({**case, name: shifted}).sum())
-        gradient[place] = (moved[0] - moved[1]) / (2 * step)
-    return gradient
-
-
 def formulas(case):
     k_chosen = numpy_sums(case, "chosen")[1]
     return [
@@ -101,7 +90,7 @@ def test_value_and_gradient_by_logits(member, seed):
     function, loss = functools.partial(formula, **options), functools.partial(loss, **options)
     np.testing.assert_allclose(loss(**from_logits(case)).loss, function(case), rtol=2e-5)
     for name, gradient in logit_gradients(loss, case).items():
-        np.testing.assert_allclose(gradient, numeric_gradient(function, case, name), rtol=2e-4, atol=2e-6)
+        np.testing.assert_allclose(gradient, central_differences(function, case, name), rtol=2e-4, atol=2e-6)
 
 
 def test_defaults_are_the_papers():

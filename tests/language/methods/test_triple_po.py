@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numeric import float32, sigmoid
 
 from dpo_jax.language.methods.dpo import reference_free_loss
 from dpo_jax.language.methods.triple_po import (
@@ -28,17 +29,9 @@ def triples(seed=0):
     return arrays
 
 
-def float32(arrays):
-    return {name: jnp.asarray(value, jnp.float32) for name, value in arrays.items()}
-
-
 def sums(a):
     """(S, |y|) of gold, chosen, rejected."""
     return [((a[f"policy_{s}_logps"] * a[f"{s}_mask"]).sum(-1), a[f"{s}_mask"].sum(-1)) for s in SIDES]
-
-
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
 
 
 def logistic(z, e):

@@ -4,8 +4,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numeric
 import numpy as np
 import pytest
+from numeric import central_differences, float32, gradients
 
 from dpo_jax.language.methods.dpo import dpo_loss
 from dpo_jax.language.methods.wpo_weights import (
@@ -22,18 +24,8 @@ SIDES = ("chosen", "rejected")
 
 def pairs(seed=0):
     """Float64 pairs with ragged masks and collision statistics."""
-    rng = np.random.default_rng(seed)
-    arrays = {}
-    for side in SIDES:
-        arrays[f"reference_{side}_logps"] = -rng.gamma(2.0, 0.8, (B, T))
-        arrays[f"policy_{side}_logps"] = arrays[f"reference_{side}_logps"] - rng.normal(0, 0.5, (B, T))
-        arrays[f"policy_{side}_collision"] = -rng.gamma(2.0, 0.7, (B, T))
-        arrays[f"{side}_mask"] = (np.arange(T) < rng.integers(1, T + 1, (B, 1))).astype(float)
-    return arrays
-
-
-def float32(arrays):
-    return {name: jnp.asarray(value, jnp.float32) for name, value in arrays.items()}
+    arrays, rng = numeric.pairs(seed), np.random.default_rng([seed, 1])
+    return arrays | {f"policy_{side}_collision": -rng.gamma(2.0, 0.7, (B, T)) for side in SIDES}
 
 
 def numpy_weight(a):
@@ -47,25 +39,6 @@ def numpy_weight(a):
 def numpy_dpo(a, beta):
     u, v = (((a[f"policy_{s}_logps"] - a[f"reference_{s}_logps"]) * a[f"{s}_mask"]).sum(-1) for s in SIDES)
     return np.logaddexp(0.0, -beta * (u - v))
-
-
-def numeric_gradient(function, arrays, name, step=1e-6):
-    """Central differences of sum(function) by every entry of one array, float64."""
-    gradient = np.zeros((B, T))
-    for place in np.ndindex(B, T):
-        moved = []
-        for sign in (1, -1):
-            shifted = arrays[name].copy()
-            shifted[place] += sign * step
-            moved.append(function({**arrays, name: shifted}).sum())
-        gradient[place] = (moved[0] - moved[1]) / (2 * step)
-    return gradient
-
-
-def policy_gradients(loss, arrays):
-    arrays = float32(arrays)
-    policy = {f"policy_{side}_logps": arrays[f"policy_{side}_logps"] for side in SIDES}
-    return jax.grad(lambda policy: loss(**{**arrays, **policy}).loss.sum())(policy)
 
 
 def log_softmax(logits):
@@ -84,8 +57,8 @@ def test_loss_is_dpo_times_a_constant_weight(seed):
     output = wpo_loss(**float32(arrays), beta=beta)
     np.testing.assert_allclose(output.metrics["pair_weight"], weight, rtol=1e-5)
     np.testing.assert_allclose(output.loss, weight * numpy_dpo(arrays, beta), rtol=2e-5)
-    for name, gradient in policy_gradients(functools.partial(wpo_loss, beta=beta), arrays).items():
-        frozen = numeric_gradient(lambda a: weight * numpy_dpo(a, beta), arrays, name)
+    for name, gradient in gradients(functools.partial(wpo_loss, beta=beta), arrays).items():
+        frozen = central_differences(lambda a: weight * numpy_dpo(a, beta), arrays, name)
         np.testing.assert_allclose(gradient, frozen, rtol=1e-4, atol=1e-6)
 
 

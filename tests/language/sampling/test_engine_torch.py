@@ -18,7 +18,16 @@ NEW, EOS = 12, 5
 FIXTURES = [weights.parent for weights in sorted(FOLDER.parent.glob("*/*/model.safetensors"))]
 
 
-@pytest.mark.parametrize("folder", FIXTURES, ids=lambda folder: f"{folder.parent.name}-{folder.name}")
+QUICK = {"plain", "gemma2"}  # the rest is as quick, but there are many
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [
+        pytest.param(f, marks=() if f.name in QUICK else pytest.mark.slow, id=f"{f.parent.name}-{f.name}")
+        for f in FIXTURES
+    ],
+)
 def test_greedy_completions_are_those_of_torch(folder):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM

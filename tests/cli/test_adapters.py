@@ -42,8 +42,8 @@ def leaves_of(out, step=6):
     return record["leaves"]
 
 
-def test_the_first_loss_is_log_two_exactly(run):
-    assert losses(run[1])[0] == np.float32(np.log(2))
+def test_the_first_loss_is_log_two(run):
+    assert abs(losses(run[1])[0] - np.log(2)) < 1e-6
 
 
 def test_only_adapters_are_trained_and_kept(run):
@@ -106,7 +106,7 @@ def test_a_run_goes_on_from_an_adapters_folder(run, tiny, tmp_path):
     answer = train(tiny, tmp_path, "--adapter", run[1] / "adapter", "--held-out", 4.0, steps=2)
     assert answer.code == 0, answer.err
     # The reference is the policy at the start: the adapter that was given.
-    assert losses(tmp_path)[0] == np.float32(np.log(2))
+    assert abs(losses(tmp_path)[0] - np.log(2)) < 1e-6
     before, after = (load_adapter(folder / "adapter", config) for folder in (run[1], tmp_path))
     assert jax.tree.structure(before.adapters) == jax.tree.structure(after.adapters)
     assert before.rslora == after.rslora

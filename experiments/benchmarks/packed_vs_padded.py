@@ -52,7 +52,7 @@ def run(config: Benchmark, layout: str) -> dict[str, Any]:
     import optax
 
     from dpo_jax.cli.configs import DataConfig, ModelConfig
-    from dpo_jax.cli.data import layout_of, read_examples
+    from dpo_jax.cli.data import Wanted, layout_of, read_examples
     from dpo_jax.cli.models import open_model
     from dpo_jax.language.data.batches import batches
     from dpo_jax.language.methods import dpo_loss
@@ -63,7 +63,8 @@ def run(config: Benchmark, layout: str) -> dict[str, Any]:
     from dpo_jax.train import compile_step, init_state, make_train_step
 
     model = open_model(config.model, ModelConfig())
-    examples = read_examples([config.data], model.tokenizer, DataConfig(max_length=config.max_length), None)
+    options_of_data = DataConfig(max_length=config.max_length)
+    examples = read_examples([config.data], model.tokenizer, options_of_data, None, Wanted("pairs"))
     padded = layout == "padded"
     options = {"batch_size": config.batch_size, "seed": 0}
     plan = layout_of(examples, row_multiple=1, padded=padded, steps=config.steps, **options)

@@ -25,8 +25,8 @@ SIDES = [*PAIR, *(f"{a}_given_{b}" for a in PAIR for b in PAIR)]
 CYCLE = np.array([[0.5, 0.9, 0.4], [0.1, 0.5, 0.8], [0.6, 0.2, 0.5]])
 
 
-def arrays_of(seed=0):
-    return pairs(seed, 0.7, tokens=T, sides=tuple(SIDES))
+def arrays_of(seed=0, spread=0.7):
+    return pairs(seed, spread, tokens=T, sides=tuple(SIDES))
 
 
 def from_ratios(ratios):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exact_models import EXPECTED, gaussian_flow, gaussian_model, level_of, mixture_model, network
+from exact_models import EVEN, EXPECTED, gaussian_flow, gaussian_model, level_of, mixture_model, network
 
 from dpo_jax.diffusion.sampler import (
     Guidance,
@@ -19,7 +19,6 @@ from dpo_jax.diffusion.sampler import (
     trajectory_logps,
 )
 from dpo_jax.diffusion.schedule import (
-    Schedule,
     flow_sigmas,
     leading_timesteps,
     linspace_timesteps,
@@ -82,10 +81,6 @@ def test_every_state_of_a_rollout_is_that_of_diffusers(name):
 def test_euler_at_whole_timesteps_is_ddim_ending_in_clean_latents():
     euler, ddim = euler_steps(SD, LEADING8), ddim_steps(SD, LEADING8, last_alpha_cumprod=1.0)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), euler, ddim)
-
-
-# Log SNR on a line from 12 to -12, so fine that every grid is even.
-EVEN = Schedule(1 / (1 + np.exp(-np.linspace(6.0, -6.0, 60_001))))
 
 
 def error_of_gaussian(schedule, steps, parameterisation, end):

@@ -4,6 +4,10 @@ The six modes of three classes stand evenly on a circle, each a round normal clo
 and, next to it, another one. A point that is scaled and noised, x_t = scale x_0 + noise eps, is again a normal mixture,
 so the score, the best prediction of the noise and of the clean point, and every likelihood are known at every noise
 level. Diffusion models have scale = sqrt(abar), noise = sqrt(1 - abar); flows scale = 1 - t, noise = t.
+
+For orientation, one seed of a network of two hidden layers of 128, 2500 steps of batch 256 and 20 DDIM steps:
+preferred 0.50, on the manifold 0.94; after 300 steps of Diffusion-DPO on clean pairs (Adam 3e-4) 0.77 and 0.95 with
+beta 100, 0.59 and 0.94 with beta 500, and 1.00 but only 0.08 on the manifold with beta 20.
 """
 
 from dataclasses import dataclass
@@ -24,14 +28,14 @@ class TwoModes:
 
     Attributes:
       classes: their number C.
-      radius: of the circle of modes.
+      radius: of the circle of modes; by default the modes are so far apart that no point lies on two of them.
       deviation: of a mode, in each of the two directions.
       preferred_share: of a class's points, from its preferred mode.
     """
 
     classes: int = 3
-    radius: float = 1.5
-    deviation: float = 0.15
+    radius: float = 2.0
+    deviation: float = 0.3
     preferred_share: float = 0.5
 
 

@@ -86,7 +86,7 @@ def test_the_exact_model_samples_the_data():
     measures = two_modes.measure(np.asarray(x), np.asarray(classes))
     assert measures.on_manifold == pytest.approx(ON_A_MODE, abs=0.01)
     assert measures.preferred == pytest.approx(0.5, abs=0.04)
-    assert measures.right_class > 0.999
+    assert measures.right_class > 0.997  # some points of a mode lie nearer to the neighbour
 
 
 def test_measures_of_the_data_are_those_of_chance():
@@ -117,7 +117,7 @@ def test_clean_pairs():
     pairs = two_modes.make_pairs(2000, 1)
     assert two_modes.measure(pairs.chosen, pairs.classes).on_preferred == pytest.approx(ON_A_MODE, abs=0.01)
     assert two_modes.measure(pairs.rejected, pairs.classes).on_other == pytest.approx(ON_A_MODE, abs=0.01)
-    assert (pairs.chosen_reward > pairs.rejected_reward + 1.9).mean() > 0.999
+    assert (pairs.chosen_reward > pairs.rejected_reward + 1.9).mean() > 0.99
     again, other = two_modes.make_pairs(2000, 1), two_modes.make_pairs(2000, 2)
     np.testing.assert_array_equal(pairs.chosen, again.chosen)
     assert np.abs(pairs.chosen - other.chosen).max() > 0.1
@@ -134,6 +134,7 @@ def test_noisy_pairs_are_wrong_as_often_as_promised():
 
 def test_worse_pairs_are_worse_than_the_data():
     pairs = two_modes.make_worse_pairs(20000, 1)
-    chosen, rejected = (two_modes.measure(x, pairs.classes).on_manifold for x in (pairs.chosen, pairs.rejected))
-    assert chosen == pytest.approx(1 - np.exp(-9 / 8), abs=0.01) and rejected < 0.35
+    chosen, rejected = ((r > -(two_modes.EDGE**2) / 2).mean() for r in (pairs.chosen_reward, pairs.rejected_reward))
+    assert chosen == pytest.approx(1 - np.exp(-9 / 8), abs=0.01)
+    assert rejected == pytest.approx(1 - np.exp(-9 / 32), abs=0.01)
     assert (pairs.chosen_reward > pairs.rejected_reward).mean() == pytest.approx(0.8, abs=0.01)  # 16 / (16 + 4)

@@ -9,7 +9,6 @@ import pytest
 from tiny_runs import Answer, command, losses, make_pairs, train, write_rows
 
 from dpo_jax.checkpoint import open_checkpoints
-from dpo_jax.cli.catalogue import methods
 from dpo_jax.language.models.weights import load_hf
 from dpo_jax.tree import named_leaves
 
@@ -142,7 +141,7 @@ def test_splits_and_layouts_change_nothing(run, tiny, tmp_path, options):
 def test_one_device_alone_takes_the_same_course(run, tiny):
     """The same batches through the library's functions on a mesh of one device, padded rows, no command line."""
     from dpo_jax.cli.configs import DataConfig, ModelConfig
-    from dpo_jax.cli.data import layout_of, read_examples
+    from dpo_jax.cli.data import Wanted, layout_of, read_examples
     from dpo_jax.cli.models import open_model
     from dpo_jax.language.data.batches import BatchSource, split_examples
     from dpo_jax.language.methods import dpo_loss
@@ -153,7 +152,7 @@ def test_one_device_alone_takes_the_same_course(run, tiny):
 
     out, _ = run
     model = open_model(str(tiny.model), ModelConfig())
-    examples = read_examples([str(tiny.rows)], model.tokenizer, DataConfig(), None)
+    examples = read_examples([str(tiny.rows)], model.tokenizer, DataConfig(), None, Wanted("pairs"))
     examples, _ = split_examples(examples, held_out=6.0, seed=0)
     layout = layout_of(examples, batch_size=8, row_multiple=1, seed=0, padded=True).layout
     source = BatchSource(examples, layout, batch_size=8, seed=0, padded=True)
@@ -217,21 +216,6 @@ def test_sft_trains_on_single_completions(tiny, tmp_path):
     answer = train(tiny, tmp_path / "out", "--data", rows, "--no-export", method="sft")
     assert answer.code == 0, answer.err
     assert answer.result["loss_last"] < answer.result["loss_first"]
-
-
-PAIR_LOSSES = [slug for slug, method in methods().items() if method.data == "pairs"]
-
-
-# Each compiles a program of its own; the first few show that the way is open.
-@pytest.mark.parametrize(
-    "slug", [*PAIR_LOSSES[:3], *(pytest.param(s, marks=pytest.mark.slow) for s in PAIR_LOSSES[3:])]
-)
-def test_every_pair_loss_trains_from_the_command_line(tiny, tmp_path, slug):
-    options = ("--no-export", "--save-every", 0, "--held-out", 0.0)
-    answer = train(tiny, tmp_path, *options, method=slug, steps=2)
-    assert answer.code == 0, answer.err
-    assert math.isfinite(answer.result["loss_last"])
-    assert answer.result["loss_first"] != answer.result["loss_last"]
 
 
 def test_every_option_is_read():

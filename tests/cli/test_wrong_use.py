@@ -124,9 +124,10 @@ def test_no_row_is_left(tiny, tmp_path):
 
 def test_rows_that_are_no_pairs(tiny, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "x", "completion": f" {word}"} for word in "abcdef"])
-    assert_refused(train(tiny, tmp_path / "a", "--data", rows), WRONG_USE, "dpo needs pairs", "1 completions")
+    needed = "the rows are singles, and pairs are needed"
+    assert_refused(train(tiny, tmp_path / "a", "--data", rows), WRONG_USE, needed)
     answer = command("evaluate", "--model", tiny.model, "--data", rows)
-    assert_refused(answer, WRONG_USE, "evaluate needs pairs")
+    assert_refused(answer, WRONG_USE, needed)
 
 
 def test_all_rows_held_out(tiny, tmp_path):

@@ -3,7 +3,7 @@
     loss = -1/|y| sum_t log pi(y_t | x, y_<t)                 per row, |y| = number of completion tokens
 
 Experiment: dpo_jax/cli/demo.py
-Measured: 250 steps on chains of which 53 % are right give a policy that samples right answers to 49 % of fresh prompts.
+Measured: 250 steps on chains of which 53 % are right give a policy that samples right answers to 51 % of fresh prompts.
 Shapes: policy_logps, mask [B, K, T]; result [B]. Each row counts alike whatever its length (sequence mean). With K > 1
 completion 0 is learned, the chosen one of pairs and lists; the others change nothing.
 

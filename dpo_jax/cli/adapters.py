@@ -51,7 +51,9 @@ def adapted_model(model: OpenModel, options: AdapterConfig) -> Adapted:
     base = abstract_variables(model.config)
     if options.adapter is not None:
         loaded = load_adapter(options.adapter, model.config)
-        return _adapted(model, base, loaded.adapters, lambda variables, key: _with_loaded(variables, loaded), loaded[2])
+        return _adapted(
+            model, base, loaded.adapters, lambda variables, key: _with_loaded(variables, loaded), loaded.rslora
+        )
     if not options.lora_rank:
         return Adapted(model, base, lambda variables, key: variables)
     config = lora_config(options)
@@ -80,7 +82,9 @@ def _adapted(model: OpenModel, base: PyTree, adapters: PyTree, complete: Callabl
 
 def _with_loaded(variables: PyTree, loaded: LoadedAdapter) -> PyTree:
     dtypes = {name: leaf.dtype for name, leaf in named_leaves(variables).items()}
-    learned = {name: {k: leaf.astype(dtypes[f"{name}/{k}"]) for k, leaf in p.items()} for name, p in loaded[1].items()}
+    learned = {
+        name: {k: leaf.astype(dtypes[f"{name}/{k}"]) for k, leaf in p.items()} for name, p in loaded.learned.items()
+    }
     return with_adapters(with_adapters(variables, learned), loaded.adapters)
 
 

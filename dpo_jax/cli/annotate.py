@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 
 from dpo_jax.cli.console import UsageError, say
 from dpo_jax.cli.data import Prepared, Wanted, layout_of
-from dpo_jax.cli.models import OpenModel, is_reward_model, open_model
+from dpo_jax.cli.models import OpenModel, open_model, open_reward_model
 from dpo_jax.cli.processes import is_first, true_everywhere
 from dpo_jax.language.data.annotate import (
+    completion_rewards,
     content_key,
     contrastive_logps,
     each_example,
@@ -29,7 +30,6 @@ from dpo_jax.language.data.annotate import (
 )
 from dpo_jax.language.data.batches import epoch_batches
 from dpo_jax.language.data.columns import value_of
-from dpo_jax.language.score import rewards
 from dpo_jax.language.types import COMPLETIONS, Batch, Example
 from dpo_jax.types import PyTree
 
@@ -117,15 +117,8 @@ def _with_embeddings(data: Prepared, missing: Sequence[str], config: Any, mesh: 
 
 def _with_scores(data: Prepared, wanted: Wanted, missing: Sequence[str], config: Any, mesh: Mesh) -> Prepared:
     """Scores by a reward model, and the columns that are made of them."""
-    model = open_model(config.frozen.reward_model, config.model, reward=True)
-    if not is_reward_model(model.folder):
-        raise UsageError(
-            f"--reward-model {model.folder} has no reward head; train one with `dpo-jax train reward-model`"
-        )
-    variables = model.load(mesh)
-
-    def says(variables: PyTree, batch: Batch) -> jax.Array:
-        return rewards(partial(model.apply_fn, variables), batch)
+    model = open_reward_model(config.frozen.reward_model, config.model)
+    variables, says = model.load(mesh), partial(completion_rewards, model.apply_fn)
 
     def scored(example: Example, values: np.ndarray) -> Example:
         numbers = values[: sum(len(ids) > 0 for ids in example.completions)].tolist()

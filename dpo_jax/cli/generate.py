@@ -18,9 +18,9 @@ from dpo_jax.cli.checks import check_ranges, mesh_of, option
 from dpo_jax.cli.configs import MeshConfig, ModelConfig
 from dpo_jax.cli.console import OutputConfig, UsageError, result, say
 from dpo_jax.cli.data import layout_of
-from dpo_jax.cli.models import OpenModel, open_model
+from dpo_jax.cli.models import OpenModel, open_model, open_reward_model
 from dpo_jax.cli.processes import is_first, join_processes
-from dpo_jax.language.data.annotate import each_example
+from dpo_jax.language.data.annotate import completion_rewards, each_example
 from dpo_jax.language.data.batches import epoch_batches
 from dpo_jax.language.data.encode import encode_prompts
 from dpo_jax.language.data.rows import PreferenceRow, RowError, parse_row
@@ -31,8 +31,7 @@ from dpo_jax.language.sampling.filters import Sampling
 from dpo_jax.language.sampling.search import make_searcher, search
 from dpo_jax.language.sampling.steps import CachedModel, guided
 from dpo_jax.language.sampling.text import best_of, cut_at, held_back, stop_strings, text_of
-from dpo_jax.language.score import rewards
-from dpo_jax.language.types import Batch, Example
+from dpo_jax.language.types import Example
 from dpo_jax.sharding import data_shards
 from dpo_jax.types import PyTree
 
@@ -314,17 +313,14 @@ def _rewards(
     config: GenerateConfig, prompts: Sequence[np.ndarray], answers: list[list[Completion]], mesh: Mesh
 ) -> list[np.ndarray]:
     """What the reward model says of each completion, [samples] for each prompt."""
-    model = open_model(str(config.reward_model), ModelConfig(dtype=config.dtype, param_dtype=config.dtype), reward=True)
+    options = ModelConfig(dtype=config.dtype, param_dtype=config.dtype)
+    model = open_reward_model(str(config.reward_model), options)
     examples = [Example(prompt, tuple(one.tokens for one in several)) for prompt, several in zip(prompts, answers)]
     plan = layout_of(examples, batch_size=config.batch_size, row_multiple=data_shards(mesh), seed=None, padded=False)
-
-    def said(variables: PyTree, batch: Batch) -> jax.Array:
-        return rewards(partial(model.apply_fn, variables), batch)
-
     stream = epoch_batches(
         examples, plan.layout, batch_size=config.batch_size, host=jax.process_index(), hosts=jax.process_count()
     )
-    return each_example(said, model.load(mesh), stream, mesh)
+    return each_example(partial(completion_rewards, model.apply_fn), model.load(mesh), stream, mesh)
 
 
 def _beams(

@@ -9,6 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from dpo_jax.cli.configs import ModelConfig
+from dpo_jax.cli.console import UsageError
 from dpo_jax.language.models.decoder import DecoderConfig, decoder_function
 from dpo_jax.language.models.folder import WeightsError, config_from_hf, load_tokenizer, local_folder, read_config
 from dpo_jax.language.models.weights import load_hf
@@ -42,11 +43,6 @@ class OpenModel:
         return hashlib.blake2b(repr(facts).encode(), digest_size=12).hexdigest()
 
 
-def is_reward_model(folder: Path) -> bool:
-    """Whether a checkpoint has a reward head of its own."""
-    return config_from_hf(read_config(folder), place=str(folder / "config.json")).reward
-
-
 def open_model(model: str, options: ModelConfig, *, reward: bool = False) -> OpenModel:
     """Open a folder or hub id; reads its config and tokenizer, not yet its weights.
 
@@ -68,3 +64,16 @@ def open_model(model: str, options: ModelConfig, *, reward: bool = False) -> Ope
         remat=options.remat,
     )
     return OpenModel(folder, config, decoder_function(config), load_tokenizer(folder))
+
+
+def open_reward_model(model: str, options: ModelConfig) -> OpenModel:
+    """Open a folder or hub id that has a reward head of its own.
+
+    Raises:
+      UsageError: it is a language model, whose head would be a new, random one.
+      WeightsError: not a checkpoint that can be read.
+    """
+    folder = local_folder(model)
+    if not config_from_hf(read_config(folder), place=str(folder / "config.json")).reward:
+        raise UsageError(f"--reward-model {folder} has no reward head; train one with `dpo-jax train reward-model`")
+    return open_model(str(folder), options, reward=True)

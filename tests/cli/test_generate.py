@@ -13,6 +13,7 @@ from dpo_jax.cli.models import open_model
 from dpo_jax.language.data.encode import encode_prompts, encode_rows
 from dpo_jax.language.data.rows import PreferenceRow, RowError, check_rows
 from dpo_jax.language.models.folder import load_tokenizer
+from dpo_jax.language.models.weights import save_hf
 from dpo_jax.language.sampling.text import cut_at, held_back, stop_strings, text_of
 from dpo_jax.sharding import make_mesh
 
@@ -84,7 +85,11 @@ def test_the_best_by_value_and_by_reward(tiny, tmp_path):
     for line, kept, prompt in zip(everything, lines_of(value.out), prompts):
         values = [c["logp"] - logps_of(tiny.other, prompt, c["tokens"]).sum() for c in line["completions"]]
         assert kept["completions"] == [line["completions"][int(np.argmax(values))]]
-    reward = command(*fixed, "--best-by", "reward", "--reward-model", tiny.other)
+    headless = command(*fixed, "--best-by", "reward", "--reward-model", tiny.other)
+    assert headless.code == 2 and "has no reward head" in headless.err
+    judge, mesh = open_model(tiny.other, ModelConfig(), reward=True), make_mesh()
+    save_hf(tmp_path / "judge", judge.config, judge.load(mesh), source=tiny.other)
+    reward = command(*fixed, "--best-by", "reward", "--reward-model", tmp_path / "judge")
     assert reward.code == 0, reward.err
     for line, kept in zip(everything, lines_of(reward.out)):
         assert len(kept["completions"]) == 1 and kept["completions"][0] in line["completions"]

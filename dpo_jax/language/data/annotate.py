@@ -14,10 +14,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpo_jax.language.data.batches import BatchSource
 from dpo_jax.language.methods.cdpo_critical import contrastive_token_scores
+from dpo_jax.language.methods.sem_dpo import semantic_distance
 from dpo_jax.language.methods.tree_po import align_steps, step_similarity
-from dpo_jax.language.score import completion_mask, gather_rows, predict, score, to_examples
+from dpo_jax.language.score import completion_mask, gather_rows, predict, rewards, score, to_examples
 from dpo_jax.language.types import Batch, Example, Prediction
-from dpo_jax.ops import cosine_similarity
 from dpo_jax.sharding import shard_batch
 from dpo_jax.types import PyTree
 
@@ -53,6 +53,11 @@ def each_example(
 def token_logps(apply_fn: Callable, variables: PyTree, batch: Batch) -> jax.Array:
     """Log-probability of every completion token under a frozen model, [B, K, T], zero where there is no token."""
     return score(partial(apply_fn, variables), batch, frozen_head=True)["logps"]
+
+
+def completion_rewards(apply_fn: Callable, variables: PyTree, batch: Batch) -> jax.Array:
+    """What a reward model says of every completion, [B, K], zero where there is none."""
+    return rewards(partial(apply_fn, variables), batch)
 
 
 def contrastive_logps(apply_fn: Callable, variables: PyTree, batch: Batch, *, contrast: float = 1.0) -> jax.Array:
@@ -109,7 +114,7 @@ def first_two_distance(apply_fn: Callable, variables: PyTree, batch: Batch) -> j
     """Cosine distance in [0, 2] between the mean states of completions 0 and 1, [B]."""
     states, mask = token_states(apply_fn, variables, batch)
     means = jnp.sum(states, -2) / jnp.maximum(jnp.sum(mask, -1, keepdims=True), 1)
-    return 1 - cosine_similarity(means[:, 0], means[:, 1])
+    return semantic_distance(means[:, 0], means[:, 1])
 
 
 def step_similarities(apply_fn: Callable, variables: PyTree, batch: Batch, *, steps: int) -> jax.Array:

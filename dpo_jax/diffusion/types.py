@@ -19,6 +19,22 @@ Predict = Callable[[Array, Array, PyTree], Array]
 Parameterisation = Callable[[Table, Table], tuple[Table | float, Table | float]]
 
 
+class TextCondition(NamedTuple):
+    """What a text-to-image model is told; every leaf leads with B.
+
+    Attributes:
+      states: [B, L, D] of the text encoders.
+      pooled: [B, P], one vector of the whole text, for models that want it.
+      sizes: [B, 6], original height and width, top and left of the crop, target height and width (SDXL).
+      mask: bool [B, L], which states may be seen; all by default.
+    """
+
+    states: Array
+    pooled: Array | None = None
+    sizes: Array | None = None
+    mask: Array | None = None
+
+
 class Level(NamedTuple):
     """How noisy latents are: x = alpha * clean + sigma * noise.
 

@@ -12,7 +12,8 @@ import tyro
 from docstring_parser import parse as parse_docstring
 
 from dpo_jax.cli.console import UsageError
-from dpo_jax.language.objectives import column_names, form_of, loss_needs, needs_reference, origin, whole_column
+from dpo_jax.language.objectives import column_names, form_of, needs_reference, origin, whole_column
+from dpo_jax.signatures import read_needs
 from dpo_jax.types import LossOutput
 
 _FORM_NAMES = {
@@ -66,7 +67,7 @@ class Method:
     @property
     def reward(self) -> bool:
         """Whether the model that is trained is a reward model."""
-        return any(origin(name).statistic == "reward" for name in loss_needs(self.loss).arrays)
+        return any(origin(name).statistic == "reward" for name in read_needs(self.loss).arrays)
 
     @property
     def reference(self) -> bool:
@@ -138,7 +139,7 @@ def method(slug: str) -> Method:
 
 def initial_loss_state(chosen: Method) -> Any:
     """What the loss remembers before its first step: the module's `<name>_state()`, or None if it remembers nothing."""
-    if not loss_needs(chosen.loss).state:
+    if not read_needs(chosen.loss).state:
         return None
     return getattr(chosen.module, chosen.loss.__name__.removesuffix("_loss") + "_state")()
 
@@ -153,7 +154,7 @@ def options_class(chosen: Method) -> type:
             Annotated[hints[name], tyro.conf.arg(help=" ".join(help_of.get(name, "").split()))],
             field(default=value),
         )
-        for name, value in loss_needs(chosen.loss).hyper.items()
+        for name, value in read_needs(chosen.loss).hyper.items()
     ]
     return make_dataclass(
         "LossOptions", fields, frozen=True, namespace={"__doc__": f"Options of {chosen.slug}: {chosen.summary}."}

@@ -13,9 +13,10 @@ from dpo_jax.cli.configs import AdapterConfig, DataConfig, LoopConfig, MeshConfi
 from dpo_jax.cli.console import UsageError
 from dpo_jax.cli.data import wanted_by
 from dpo_jax.language.data.columns import sources_of
-from dpo_jax.language.objectives import column_names, loss_needs, origin
+from dpo_jax.language.objectives import column_names, origin
 from dpo_jax.optimizers import OptimizerConfig
 from dpo_jax.sharding import make_mesh
+from dpo_jax.signatures import read_needs
 
 # Options that an algorithm does not read: given together with it they would be silently ignored.
 _UNREAD = {
@@ -210,7 +211,7 @@ def check_loss_options(method: Method, config: Any) -> None:
     if column_names(method.loss):
         return
     hyper = {f.name: getattr(config.loss, f.name) for f in fields(config.loss)}
-    needs = loss_needs(method.loss)
+    needs = read_needs(method.loss)
     arrays = {}
     for name in needs.arrays:
         reward = origin(name).statistic == "reward"

@@ -21,8 +21,9 @@ from dpo_jax.language.data.encode import encode_rows
 from dpo_jax.language.data.forms import FormError, to_form
 from dpo_jax.language.data.pack import Layout, example_lengths
 from dpo_jax.language.data.rows import Form, PreferenceRow, SkippedRow, read_rows
-from dpo_jax.language.objectives import Loss, column_names, form_of, loss_needs, whole_column
+from dpo_jax.language.objectives import Loss, column_names, form_of, whole_column
 from dpo_jax.language.types import Example
+from dpo_jax.signatures import read_needs
 
 SKIPPED_FILE = "skipped_rows.jsonl"
 
@@ -63,7 +64,7 @@ class Wanted:
 
 def wanted_by(loss: Loss) -> Wanted:
     """What a loss reads of the data; where one column serves all completions, that one."""
-    names = loss_needs(loss).arrays
+    names = read_needs(loss).arrays
     only = tuple(dict.fromkeys(map(whole_column, column_names(loss))))
     return Wanted(form_of(loss), only, tuple({*names, *map(whole_column, names)}))  # type: ignore[arg-type]
 

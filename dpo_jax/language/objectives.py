@@ -1,6 +1,5 @@
 """From a loss to an objective: the argument names of the loss say which models run and what is computed."""
 
-import inspect
 import re
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
@@ -10,11 +9,11 @@ import jax.numpy as jnp
 
 from dpo_jax.language.score import DIVERGENCES, VOCABULARY_STATISTICS, completion_mask, rewards, score
 from dpo_jax.language.types import COMPLETIONS, Batch, LanguageModel
+from dpo_jax.signatures import read_needs
 from dpo_jax.types import Array, LossOutput, PyTree
 
 Loss = Callable[..., LossOutput]
 
-_SPECIAL = ("loss_state", "key")
 _NAMES = {name for names in COMPLETIONS.values() for name in names}
 _SIDE = f"(?:({'|'.join(sorted(_NAMES, key=len, reverse=True))})_)?"  # longest first: chosen_given_rejected, chosen
 _OF_ONE_MODEL = re.compile(rf"(policy|reference)_{_SIDE}(logps|{'|'.join(VOCABULARY_STATISTICS)})")
@@ -24,22 +23,6 @@ _OF_THE_BATCH = re.compile(rf"{_SIDE}mask")
 # Token columns that another frozen model makes for all completions at once.
 _OF_A_FROZEN_MODEL = re.compile(rf"(guidance|contrastive)_{_SIDE}(logps)")
 _OF_STEPS = re.compile(rf"{_SIDE}step_ids")
-
-
-class Needs(NamedTuple):
-    """What a loss asks for, read from its signature.
-
-    Attributes:
-      arrays: names of the arrays, in order: the keyword arguments without a default.
-      hyper: names and defaults of the hyper-parameters: the keyword arguments with one.
-      state: whether it remembers something between steps (an argument `loss_state`).
-      key: whether it draws random numbers (an argument `key`).
-    """
-
-    arrays: tuple[str, ...]
-    hyper: dict[str, Any]
-    state: bool
-    key: bool
 
 
 class Origin(NamedTuple):
@@ -54,15 +37,6 @@ class Origin(NamedTuple):
     maker: str
     statistic: str
     side: str | None
-
-
-def loss_needs(loss: Loss) -> Needs:
-    """Read the signature of a loss."""
-    parameters = inspect.signature(loss).parameters
-    plain = {name: p.default for name, p in parameters.items() if name not in _SPECIAL}
-    arrays = tuple(name for name, default in plain.items() if default is inspect.Parameter.empty)
-    hyper = {name: default for name, default in plain.items() if name not in arrays}
-    return Needs(arrays, hyper, "loss_state" in parameters, "key" in parameters)
 
 
 def origin(name: str) -> Origin:
@@ -80,7 +54,7 @@ def origin(name: str) -> Origin:
 
 def form_of(loss: Loss) -> str:
     """The form of row that a loss reads (a key of `COMPLETIONS`): that of the completions that its arguments name."""
-    named = {side for name in loss_needs(loss).arrays for side in _sides_in(name)}
+    named = {side for name in read_needs(loss).arrays for side in _sides_in(name)}
     fitting = (form for form, names in COMPLETIONS.items() if named and named <= set(names))
     return "lists" if not named else next(fitting)
 
@@ -115,13 +89,13 @@ def whole_column(name: str) -> str:
 
 def needs_reference(loss: Loss, columns: Collection[str] = ()) -> bool:
     """Whether a reference model must run, given the columns that the data has."""
-    asked = (name for name in loss_needs(loss).arrays if not serving_column(name, columns))
+    asked = (name for name in read_needs(loss).arrays if not serving_column(name, columns))
     return any(origin(name).maker in ("reference", "both") for name in asked)
 
 
 def column_names(loss: Loss) -> tuple[str, ...]:
     """Arguments that only the data can give."""
-    return tuple(name for name in loss_needs(loss).arrays if origin(name).maker == "column")
+    return tuple(name for name in read_needs(loss).arrays if origin(name).maker == "column")
 
 
 def from_loss(loss: Loss, *, frozen_head: bool = False, **hyper: Any):
@@ -139,7 +113,7 @@ def from_loss(loss: Loss, *, frozen_head: bool = False, **hyper: Any):
       TypeError: a hyper-parameter that the loss does not have; when traced, a column, a reference or a second
         completion that is missing.
     """
-    needs, form = loss_needs(loss), form_of(loss)
+    needs, form = read_needs(loss), form_of(loss)
     if unknown := set(hyper) - set(needs.hyper):
         raise TypeError(f"{loss.__name__} has no option {sorted(unknown)}; its options are {sorted(needs.hyper)}")
 

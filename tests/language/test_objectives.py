@@ -10,10 +10,11 @@ from test_score import both_layouts, score
 from toy_model import ragged_examples, toy_model, toy_variables
 
 from dpo_jax.language.methods import dpo_loss, reference_free_loss, sft_loss, wpo_loss
-from dpo_jax.language.objectives import column_names, form_of, loss_needs, needs_reference, origin
+from dpo_jax.language.objectives import column_names, form_of, needs_reference, origin
 from dpo_jax.language.objectives import from_loss as from_loss_eagerly
 from dpo_jax.language.score import completion_mask
 from dpo_jax.language.types import COMPLETIONS
+from dpo_jax.signatures import read_needs
 from dpo_jax.types import LossOutput
 
 POLICY, REFERENCE = partial(toy_model, toy_variables(0)), partial(toy_model, toy_variables(1))
@@ -122,7 +123,7 @@ def test_columns_state_and_key_reach_the_loss():
     output = from_loss(loss, scale=3.0)(POLICY, None, batch, KEY, jnp.ones(()))
     np.testing.assert_allclose(output.loss, 3 * batch.columns["margin"].reshape(-1))
     assert float(output.state) == 2
-    assert column_names(loss) == ("margin",) and loss_needs(loss).hyper == {"scale": 2.0}
+    assert column_names(loss) == ("margin",) and read_needs(loss).hyper == {"scale": 2.0}
 
 
 def test_what_is_missing_is_named():

@@ -2,7 +2,8 @@
 
 The format is that of https://github.com/huggingface/peft. Its A is [r, in] and its B [out, r], one of each for every
 layer; here A is [layers, in, r] and B [layers, r, out] (`dpo_jax.lora`). Scales are not stored there: they follow from
-alpha and rank, which patterns may set module by module.
+alpha and rank, which patterns may set module by module. A module that holds several of our kernels has one adapter
+there (`modules`).
 """
 
 import json
@@ -22,6 +23,7 @@ from safetensors.numpy import save_file
 
 from dpo_jax.language.models.decoder import DecoderConfig, abstract_variables
 from dpo_jax.language.models.folder import WeightsError
+from dpo_jax.language.models.modules import Module, join_sites, linear_modules, split_site
 from dpo_jax.language.models.weights import DTYPES, weight_table
 from dpo_jax.lora import MAGNITUDE, SCALE, A, B, adapter_sites, with_adapters
 from dpo_jax.tree import named_leaves
@@ -61,36 +63,32 @@ class LoadedAdapter(NamedTuple):
     base: str | None
 
 
-class _Module(NamedTuple):
-    """A linear module of the checkpoint: path name of our layer, number in the stack."""
-
-    path: str
-    layer: int
-
-
-def _modules(config: DecoderConfig) -> dict[str, _Module]:
-    """Name in the checkpoint -> where its adapter goes."""
-    places: dict[str, _Module] = {}
-    shared, table = set(), weight_table(config)
-    for name, leaf in named_leaves(abstract_variables(config)).items():
-        path, _, kind = name.rpartition("/")
-        if kind == "kernel":
-            for layer in range(leaf.shape[0]):
-                module = table[name].name.format(layer=layer).removesuffix(".weight")
-                shared |= {module} & places.keys()
-                places[module] = _Module(path, layer)
-    # An adapter of a module that holds several of our kernels is not one of any of them.
-    return {module: place for module, place in places.items() if module not in shared}
-
-
 def check_names(config: DecoderConfig, adapters: PyTree) -> None:
-    """Raise WeightsError if an adapter, or its shape, belongs to no module of the checkpoint's own."""
-    have = {place.path for place in _modules(config).values()}
-    if unknown := [path for path in adapter_sites(adapters) if path not in have]:
+    """Raise WeightsError if an adapter is one that PEFT's format has no place for."""
+    sites = adapter_sites(adapters)
+    modules = linear_modules(config)
+    if unknown := sites.keys() - {path for module in modules for path in module.parts}:
         raise WeightsError(
-            f"{', '.join(unknown)}: the checkpoint keeps them together with others in one module, "
-            "which PEFT can only adapt as a whole; choose other targets"
+            f"{', '.join(sorted(unknown))}: no linear modules of the checkpoint, so PEFT has no names for them; "
+            "choose other targets"
         )
+    for module in modules:
+        have = [path for path in module.parts if path in sites]
+        bare = [path for path in module.parts if path not in sites]
+        if have and bare and any(MAGNITUDE in sites[path] for path in have):
+            raise WeightsError(
+                f"the checkpoint keeps {', '.join(module.parts)} in one module, whose outputs DoRA norms all; "
+                f"adapt {', '.join(bare)} too, or none of them"
+            )
+
+
+def _by_name(config: DecoderConfig) -> dict[str, tuple[Module, int]]:
+    """Name in the checkpoint -> module and number of the layer."""
+    return {
+        module.name.format(layer=layer): (module, layer)
+        for module in linear_modules(config)
+        for layer in range(config.layers)
+    }
 
 
 def load_adapter(folder: str | Path, config: DecoderConfig) -> LoadedAdapter:
@@ -105,7 +103,7 @@ def load_adapter(folder: str | Path, config: DecoderConfig) -> LoadedAdapter:
     folder = Path(folder)
     options = _read_options(folder, config)
     tensors = _read_tensors(folder)
-    modules = _modules(config)
+    modules = _by_name(config)
     found: dict[str, dict[int, dict[str, np.ndarray]]] = {}
     learned, unknown = {}, []
     for name, tensor in tensors.items():
@@ -116,20 +114,21 @@ def load_adapter(folder: str | Path, config: DecoderConfig) -> LoadedAdapter:
         elif kind is None or module not in modules or not name.startswith(_PREFIX):
             unknown.append(name)
         else:
-            path, layer = modules[module]
-            found.setdefault(path, {}).setdefault(layer, {})[kind] = tensor
+            owner, layer = modules[module]
+            found.setdefault(owner.name, {}).setdefault(layer, {})[kind] = tensor
     if unknown or not found:
         names = ", ".join(sorted(unknown)[:_SHOWN]) or "none"
         raise WeightsError(f"{folder}: tensors that are no adapters of this model's linear layers: {names}")
-    names = {place: module for module, place in modules.items()}
-    shapes = {name: leaf.shape for name, leaf in named_leaves(abstract_variables(config)).items()}
     adapters: dict = {}
-    for path, layers in found.items():
-        modules_of = {layer: names[_Module(path, layer)] for layer in range(shapes[f"{path}/kernel"][0])}
-        site = _stacked(folder, layers, modules_of, shapes[f"{path}/kernel"], options)
-        for part in reversed(path.split("/")):
-            site = {part: site}
-        adapters = with_adapters(adapters, site)
+    for module in linear_modules(config):
+        if module.name in found:
+            whole = _stacked(folder, found[module.name], module, config.layers, options)
+            for path, site in split_site(module, whole).items():
+                leaves: Any = {kind: jnp.asarray(leaf) for kind, leaf in site.items()}
+                for part in reversed(path.split("/")):
+                    leaves = {part: leaves}
+                adapters = with_adapters(adapters, leaves)
+    shapes = {name: leaf.shape for name, leaf in named_leaves(abstract_variables(config)).items()}
     if learned and learned["score"]["weight"].shape != shapes[_SCORE]:
         raise WeightsError(f"{folder}: the head is {learned['score']['weight'].shape}, expected {shapes[_SCORE]}")
     return LoadedAdapter(adapters, learned, bool(options.get("use_rslora")), options.get("base_model_name_or_path"))
@@ -200,15 +199,16 @@ def _divisor(rank: int, rslora: bool) -> float:
 def _stacked(
     folder: Path,
     layers: dict[int, dict[str, np.ndarray]],
-    modules: dict[int, str],
-    shape: tuple[int, ...],
+    module: Module,
+    count: int,
     options: dict[str, Any],
-) -> dict[str, Any]:
-    """The leaves of one path, from the tensors of its layers."""
-    count, size_in, size_out = shape
+) -> dict[str, np.ndarray]:
+    """The leaves of one module in all layers, from the tensors of its layers."""
+    size_in, size_out = module.shape
+    modules = {layer: module.name.format(layer=layer) for layer in range(count)}
     dora, rslora = bool(options.get("use_dora")), bool(options.get("use_rslora"))
-    ranks = {layer: int(_value(options, "r", "rank_pattern", module)) for layer, module in modules.items()}
-    alphas = {layer: _value(options, "lora_alpha", "alpha_pattern", module) for layer, module in modules.items()}
+    ranks = {layer: int(_value(options, "r", "rank_pattern", name)) for layer, name in modules.items()}
+    alphas = {layer: _value(options, "lora_alpha", "alpha_pattern", name) for layer, name in modules.items()}
     wrong = []
     for layer, tensors in layers.items():
         expected = {A: (ranks[layer], size_in), B: (size_out, ranks[layer])}
@@ -225,9 +225,9 @@ def _stacked(
     for layer, tensors in layers.items():
         a[layer, :, : ranks[layer]], b[layer, : ranks[layer]] = tensors[A].T, tensors[B].T
     scale = np.array([alphas[layer] / _divisor(ranks[layer], rslora) for layer in modules], np.float32)
-    site = {A: jnp.asarray(a), B: jnp.asarray(b), SCALE: jnp.asarray(scale)}
+    site = {A: a, B: b, SCALE: scale}
     if dora:
-        site[MAGNITUDE] = jnp.asarray(np.stack([layers[layer][MAGNITUDE] for layer in modules]))
+        site[MAGNITUDE] = np.stack([layers[layer][MAGNITUDE] for layer in modules])
     return site
 
 
@@ -246,7 +246,8 @@ def save_adapter(
 ) -> None:
     """Write a folder that PEFT loads; process 0 writes, the others help to gather.
 
-    Layers whose factors are both zero beside others that are not are left out: they were never adapted.
+    Layers whose factors are both zero beside others that are not are left out: they were never adapted. Where the
+    checkpoint keeps several of our kernels in one module, the rank there is the sum of theirs, unless they share A.
 
     Args:
       config: of the base.
@@ -258,22 +259,24 @@ def save_adapter(
       WeightsError: leaves that PEFT's format has no name for.
     """
     check_names(config, adapters)
-    folder, names = Path(folder), {place: module for module, place in _modules(config).items()}
-    tensors: dict[str, np.ndarray] = {}
-    numbers: dict[str, tuple[int, float]] = {}
-    dora = []
-    for path, site in adapter_sites(adapters).items():
-        host = {kind: _on_host(leaf) for kind, leaf in site.items()}
-        used = [layer for layer in range(host[A].shape[0]) if host[A][layer].any() or host[B][layer].any()]
-        for layer in used or range(host[A].shape[0]):
-            module = names[_Module(path, layer)]
-            for kind in host.keys() & _ENDS.keys():
-                tensors[_PREFIX + module + _ENDS[kind]] = np.ascontiguousarray(host[kind][layer].T)
-            rank = host[A].shape[-1]
-            numbers[module] = rank, _alpha(host[SCALE][layer], _divisor(rank, rslora))
-        dora.append(MAGNITUDE in host)
+    folder, sites = Path(folder), adapter_sites(adapters)
+    dora = [MAGNITUDE in site for site in sites.values()]
     if len(set(dora)) != 1:
         raise WeightsError(f"adapters of {len(dora)} layers, {sum(dora)} of them DoRA; PEFT has all or none")
+    tensors: dict[str, np.ndarray] = {}
+    numbers: dict[str, tuple[int, float]] = {}
+    for module in linear_modules(config):
+        members = {path: _on_hosts(sites[path]) for path in module.parts if path in sites}
+        if not members:
+            continue
+        whole = join_sites(module, members)
+        used = [layer for layer in range(config.layers) if whole[A][layer].any() or whole[B][layer].any()]
+        for layer in used or range(config.layers):
+            name = module.name.format(layer=layer)
+            for kind in whole.keys() & _ENDS.keys():
+                tensors[_PREFIX + name + _ENDS[kind]] = np.ascontiguousarray(whole[kind][layer].T)
+            rank = whole[A].shape[-1]
+            numbers[name] = rank, _alpha(whole[SCALE][layer], _divisor(rank, rslora))
     for name, leaf in named_leaves(learned).items():
         if name != _SCORE:
             raise WeightsError(f"{name} was trained whole; an adapter's folder holds a reward model's head only")
@@ -283,13 +286,14 @@ def save_adapter(
         "task_type": "SEQ_CLS" if config.reward else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "inference_mode": True,
-        "target_modules": _targets(list(numbers), list(names.values())),
+        "target_modules": _targets(list(numbers), list(_by_name(config))),
         "use_rslora": rslora,
         "use_dora": dora[0],
         "modules_to_save": ["score"] if learned else None,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        # Modules of GPT-2 keep [in, out]; PEFT then turns what it merges.
+        "fan_in_fan_out": not all(module.transposed for module in linear_modules(config)),
         **_numbers(numbers),
     }
     if jax.process_index() == 0:
@@ -304,6 +308,10 @@ def _on_host(array: Any) -> np.ndarray:
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)
+
+
+def _on_hosts(site: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {kind: _on_host(leaf) for kind, leaf in site.items()}
 
 
 def _alpha(scale: np.float32, divisor: float) -> float:

@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from make_adapter_fixtures import BASE, FOLDER, VARIANTS, base_model, torch_numbers
+from make_adapter_fixtures import BASE, FOLDER, VARIANTS, base_model, base_of, torch_numbers
 from safetensors.numpy import load_file, save_file
 
 from dpo_jax.language.models.adapters import load_adapter, save_adapter
 from dpo_jax.language.models.decoder import DecoderConfig, decoder_function, init_variables
 from dpo_jax.language.models.folder import WeightsError
-from dpo_jax.language.models.weights import load_hf, weight_table
+from dpo_jax.language.models.weights import checkpoint_tensors, load_hf
 from dpo_jax.lora import LoraConfig, adapter_sites, combine_adapters, init_adapters, merge, with_adapters
-from dpo_jax.tree import map_named, named_leaves
+from dpo_jax.tree import map_named
 
 # Tests compile much and compute little.
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -50,31 +50,28 @@ def logits(config, base, adapters, tokens):
 def assert_those_of_peft(config, base, adapters, expected):
     got = logits(config, base, adapters, expected["tokens"])
     np.testing.assert_allclose(got, expected["logits"], rtol=0, atol=1e-5 * np.abs(expected["logits"]).max())
-    before, after, table = (
-        named_leaves(base),
-        named_leaves(jit(merge)(with_adapters(base, adapters))),
-        weight_table(config),
+    before, after = (
+        dict(checkpoint_tensors(config, variables)) for variables in (base, jit(merge)(with_adapters(base, adapters)))
     )
-    changed = {name: value for name, value in expected.items() if name.startswith("merged:")}
-    for path in before:
-        for layer, (old, new) in enumerate(zip(before[path], after[path])):
-            if path.endswith("kernel") and np.any(old != new):
-                want = changed.pop("merged:" + table[path].name.format(layer=layer))
-                np.testing.assert_allclose(new.T, want, rtol=0, atol=1e-5, err_msg=path)
-    assert not changed
+    changed = {name: value for name, value in after.items() if np.any(value != before[name])}
+    assert {f"merged:{name}" for name in changed} == expected.keys() - {"tokens", "logits"}
+    for name, value in changed.items():
+        np.testing.assert_allclose(value, expected[f"merged:{name}"], rtol=0, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_folders_of_peft_give_what_peft_gives(variant, base):
-    loaded = load_adapter(FOLDER / variant, base[0])
-    assert loaded.rslora == (variant == "rslora") and loaded.base == BASE.name
-    assert_those_of_peft(base[0], base[1], loaded.adapters, dict(np.load(FOLDER / variant / "expected.npz")))
+def test_folders_of_peft_give_what_peft_gives(variant):
+    config, variables = load_hf(base_of(variant))
+    loaded = load_adapter(FOLDER / variant, config)
+    assert loaded.rslora == (variant in ("rslora", "gpt_neox")) and loaded.base == base_of(variant).name
+    assert_those_of_peft(config, variables, loaded.adapters, dict(np.load(FOLDER / variant / "expected.npz")))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_read_and_written_the_tensors_are_the_same(variant, base, tmp_path):
-    loaded = load_adapter(FOLDER / variant, base[0])
-    save_adapter(tmp_path, base[0], loaded.adapters, rslora=loaded.rslora, base=loaded.base)
+def test_read_and_written_the_tensors_are_the_same(variant, tmp_path):
+    config, _ = load_hf(base_of(variant))
+    loaded = load_adapter(FOLDER / variant, config)
+    save_adapter(tmp_path, config, loaded.adapters, rslora=loaded.rslora, base=loaded.base)
     before, after = (load_file(folder / "adapter_model.safetensors") for folder in (FOLDER / variant, tmp_path))
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -82,8 +79,10 @@ def test_read_and_written_the_tensors_are_the_same(variant, base, tmp_path):
         kept = tuple(slice(size) for size in tensor.shape)
         np.testing.assert_array_equal(after[name][kept], tensor)
         assert np.abs(after[name]).sum() == pytest.approx(np.abs(tensor).sum(), rel=1e-6)
-    again = load_adapter(tmp_path, base[0])
+    again = load_adapter(tmp_path, config)
     assert jax.tree.all(jax.tree.map(np.array_equal, again.adapters, loaded.adapters))
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["fan_in_fan_out"] == variant.startswith("gpt2")
 
 
 KINDS = {
@@ -109,16 +108,73 @@ def test_exported_and_imported_nothing_is_lost(kind, base, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [*KINDS, "upper_layer"])
 def test_peft_loads_what_is_written(kind, base, tmp_path):
-    pytest.importorskip("torch")
-    peft = pytest.importorskip("peft")
     config, variables = base
     if kind == "upper_layer":
         adapters, rslora = load_adapter(FOLDER / kind, config).adapters, False
     else:
         adapters, rslora = trained(variables, KINDS[kind]), KINDS[kind].rslora
-    save_adapter(tmp_path, config, adapters, rslora=rslora, base=str(BASE))
-    model = peft.PeftModel.from_pretrained(base_model(), tmp_path).eval()
+    assert_peft_gives_the_same(tmp_path, BASE, base, adapters, rslora=rslora)
+
+
+def assert_peft_gives_the_same(folder, base, opened, adapters, **options):
+    pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    config, variables = opened
+    save_adapter(folder, config, adapters, base=str(base), **options)
+    model = peft.PeftModel.from_pretrained(base_model(base), folder).eval()
     assert_those_of_peft(config, variables, adapters, torch_numbers(model))
+
+
+FUSED = ("gpt2", "gpt_neox", "phi3")
+SEVERAL = {
+    # Scales, ranks and kernels that have none differ inside the modules.
+    "lora": LoraConfig(
+        rank=2,
+        targets=".*/(query|value|up|down)/kernel",
+        rank_pattern=((".*value.*", 3),),
+        alpha_pattern=((".*(query|up).*", 5.0),),
+    ),
+    "dora": LoraConfig(rank=2, alpha=3.0, dora=True, rank_pattern=((".*(key|gate).*", 1),)),
+}
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+@pytest.mark.parametrize("family", FUSED)
+def test_adapters_of_one_module_are_exported_as_one(family, kind, tmp_path):
+    folder = base_of(family)
+    config, variables = load_hf(folder)
+    adapters = trained(variables, SEVERAL[kind])
+    save_adapter(tmp_path, config, adapters)
+    loaded = load_adapter(tmp_path, config).adapters
+    sites, again = adapter_sites(adapters), adapter_sites(loaded)
+    for path, site in sites.items():
+        products = [jnp.matmul(s["lora_a"], s["lora_b"]) * s["lora_scale"][:, None, None] for s in (again[path], site)]
+        np.testing.assert_allclose(*products, rtol=0, atol=1e-6, err_msg=path)
+        if kind == "dora":
+            np.testing.assert_array_equal(again[path]["lora_magnitude"], site["lora_magnitude"])
+    for path in again.keys() - sites.keys():
+        assert not np.any(again[path]["lora_b"]), path
+    query = {"lora": 2 + 3, "dora": 2 + 1 + 2}[kind]
+    assert again["layers/attention/query"]["lora_a"].shape[-1] == query
+    tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
+    want = logits(config, variables, adapters, tokens)
+    got = logits(config, variables, loaded, tokens)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SEVERAL)
+@pytest.mark.parametrize("family", FUSED)
+def test_peft_loads_adapters_of_one_module(family, kind, tmp_path):
+    opened = load_hf(base_of(family))
+    assert_peft_gives_the_same(tmp_path, base_of(family), opened, trained(opened[1], SEVERAL[kind]))
+
+
+def test_dora_on_part_of_a_module_is_refused(tmp_path):
+    config, variables = load_hf(base_of("gpt2"))
+    adapters = trained(variables, LoraConfig(rank=2, dora=True, targets=".*(query|value)/kernel"))
+    with pytest.raises(WeightsError, match="adapt layers/attention/key too"):
+        save_adapter(tmp_path, config, adapters)
 
 
 def test_a_reward_models_head_travels_with_its_adapters(base, tmp_path):

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from dpo_jax.tree import named_leaves
 from dpo_jax.types import PyTree
 
 
@@ -19,7 +20,7 @@ def functional(module: nnx.Module) -> tuple[Callable[..., Any], PyTree]:
 
     Returns:
       `apply_fn(variables, *inputs, method=None, **options)`, which calls the module, or a method of it by name; and the
-      variables, nested dicts of arrays whose path names are those of the attributes.
+      variables, nested dicts of arrays whose path names are those of the attributes, with digits for places in lists.
     """
     graphdef, params, rest = nnx.split(module, nnx.Param, ...)
     # Shapes only: the arrays themselves would keep a second copy of the model alive.
@@ -32,4 +33,33 @@ def functional(module: nnx.Module) -> tuple[Callable[..., Any], PyTree]:
         merged = nnx.merge(graphdef, state, others)
         return (merged if method is None else getattr(merged, method))(*inputs, **options)
 
-    return apply_fn, nnx.to_pure_dict(params)
+    return apply_fn, _with_names(nnx.to_pure_dict(params))
+
+
+def _with_names(tree: PyTree) -> PyTree:
+    """Keys as text: places in lists too, so that path names lead back to them."""
+    return {str(key): _with_names(part) for key, part in tree.items()} if isinstance(tree, dict) else tree
+
+
+def set_adapters(module: nnx.Module, adapters: PyTree) -> None:
+    """Make room for adapters (`dpo_jax.lora`) in an abstract module, in place.
+
+    Args:
+      module: from `nnx.eval_shape`; its linear layers have an attribute for each leaf of an adapter, None before.
+      adapters: of the variables that the function will get, arrays or their shapes; None for none. A digit in a path
+        is a place in a list.
+
+    Raises:
+      ValueError: an adapter of what is no linear layer.
+    """
+    for path, leaf in named_leaves(adapters).items():
+        *owners, name = path.split("/")
+        owner: Any = module
+        for part in owners:
+            if part.isdigit():
+                owner = owner[int(part)] if isinstance(owner, nnx.List) and int(part) < len(owner) else None
+            else:
+                owner = getattr(owner, part, None)
+        if not isinstance(owner, nnx.Module) or not hasattr(owner, name):
+            raise ValueError(f"{path}: the model has no linear layer there; these adapters belong to another model")
+        setattr(owner, name, nnx.data(nnx.Param(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))))

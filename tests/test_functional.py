@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dpo_jax.functional import functional
+from dpo_jax.functional import functional, set_adapters
 from dpo_jax.tree import named_leaves
 
 
@@ -98,3 +98,42 @@ def test_unknown_variables_are_refused():
     apply_fn, variables = functional(trunk())
     with pytest.raises(ValueError, match="third"):
         apply_fn({**variables, "third": X}, X)
+
+
+class Adapted(nnx.Module):
+    def __init__(self):
+        self.kernel = nnx.Param(jnp.eye(3))
+        self.lora_a = None
+
+    def __call__(self, x):
+        return x @ self.kernel[...] + (0 if self.lora_a is None else x @ self.lora_a[...])
+
+
+class Chain(nnx.Module):
+    def __init__(self):
+        self.links = nnx.List([Adapted() for _ in range(11)])
+
+    def __call__(self, x):
+        for link in self.links:
+            x = link(x)
+        return x
+
+
+def test_places_in_lists_are_digits_and_take_adapters():
+    variables = functional(Chain())[1]
+    assert "links/10/kernel" in named_leaves(variables)
+    model = nnx.eval_shape(Chain)
+    set_adapters(model, {"links": {"10": {"lora_a": jax.ShapeDtypeStruct((3, 3), jnp.float32)}}})
+    apply_fn, abstract = functional(model)
+    assert [name for name in named_leaves(abstract) if name.endswith("lora_a")] == ["links/10/lora_a"]
+    variables["links"]["10"]["lora_a"] = 2 * jnp.eye(3)
+    np.testing.assert_allclose(apply_fn(variables, X), 3 * X, rtol=1e-6)
+
+
+@pytest.mark.parametrize("path", ["links/11/lora_a", "links/x/lora_a", "links/lora_a", "links/0/lora_b", "0/lora_a"])
+def test_adapters_of_another_model_are_refused(path):
+    adapters = jax.ShapeDtypeStruct((3, 3), jnp.float32)
+    for part in reversed(path.split("/")):
+        adapters = {part: adapters}
+    with pytest.raises(ValueError, match=f"{path}: the model has no linear layer there"):
+        set_adapters(nnx.eval_shape(Chain), adapters)

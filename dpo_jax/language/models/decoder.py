@@ -15,14 +15,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dpo_jax.attention import attention, decode_attention
-from dpo_jax.functional import functional
+from dpo_jax.functional import functional, set_adapters
 from dpo_jax.language.models.config import DecoderConfig
+from dpo_jax.language.models.experts import RouterSums
 from dpo_jax.language.models.layers import Embedding, HeadBias, Layer, Norm, RewardHead
 from dpo_jax.language.models.rope import RopeConfig, rotations
-from dpo_jax.language.types import Prediction
+from dpo_jax.language.types import Prediction, Routing
 from dpo_jax.lora import adapter_rules
 from dpo_jax.sharding import BATCH_AXES, MODEL_AXIS, P, constrain
-from dpo_jax.tree import named_leaves
 from dpo_jax.types import Array, PyTree
 
 __all__ = [
@@ -43,6 +43,9 @@ RULES = (
     (r"layers/.*(output|down)/kernel$", P(None, "model", "fsdp")),
     (r"layers/.*(query|key|value|gate|up)/bias$", P(None, "model")),
     (r"positions/embedding$", P(None, "fsdp")),
+    (r"layers/experts/(gate|up)/kernels$", P(None, "expert", "fsdp", "model")),
+    (r"layers/experts/down/kernels$", P(None, "expert", "model", "fsdp")),
+    (r"layers/experts/router/weight$", P(None, "fsdp")),
     (r"embedding$", P("model", "fsdp")),
     (r"head_bias/bias$", P("model")),
 )
@@ -85,6 +88,10 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         if len(config.local_layers) not in (0, config.layers):
             raise ValueError(f"local_layers has {len(config.local_layers)} entries for {config.layers} layers")
+        if config.experts and not 1 <= config.experts_per_token <= config.experts:
+            raise ValueError(f"experts_per_token is {config.experts_per_token} of {config.experts} experts")
+        if config.experts and (config.mlp_bias or not config.gated):
+            raise ValueError("experts are gated and without biases; a config with mlp_bias or gated=False has none")
 
         @nnx.split_rngs(splits=config.layers)
         @nnx.vmap(in_axes=(0,), out_axes=0)
@@ -109,15 +116,17 @@ class Decoder(nnx.Module):
           tokens, positions, subtree_end: int32 [R, L].
 
         Returns:
-          hidden [R, L, D] in the compute dtype, head [V, D] (of a reward model [1, D]) in the parameters' dtype.
+          hidden [R, L, D] in the compute dtype, head [V, D] (of a reward model [1, D]) in the parameters' dtype; with
+          experts also how the tokens that are no padding were routed, each counted once.
         """
         seen = partial(attention, subtree_end=subtree_end, positions=positions, **self._scores())
 
         def attend(query: Array, key: Array, value: Array, _: None, window: Array | None):
             return seen(query, key, value, window=window), None
 
-        hidden, _ = self._run(tokens, positions, attend, None)
-        return self._predict(hidden)
+        counted = jnp.asarray(subtree_end) > 0
+        hidden, _, routed = self._run(tokens, positions, attend, None, counted)
+        return self._predict(hidden)._replace(routing=self._routing(routed, counted))
 
     def decode(
         self, tokens: Array, positions: Array, cache: Cache, start: Array, mask: Array
@@ -147,14 +156,16 @@ class Decoder(nnx.Module):
             near = keys.astype(query.dtype), values.astype(query.dtype)
             return decode_attention(query, *near, seen, **self._scores()), (keys, values)
 
-        hidden, (keys, values) = self._run(tokens, positions, attend, (cache.keys, cache.values))
+        hidden, (keys, values), _ = self._run(tokens, positions, attend, (cache.keys, cache.values))
         return self._predict(hidden), Cache(keys, values, places)
 
     def _scores(self) -> dict[str, float | None]:
         scalar = self.config.query_scalar
         return {"softcap": self.config.attention_softcap, "scale": None if scalar is None else scalar**-0.5}
 
-    def _run(self, tokens: Array, positions: Array, attend: _Attend, cache: PyTree) -> tuple[Array, PyTree]:
+    def _run(
+        self, tokens: Array, positions: Array, attend: _Attend, cache: PyTree, counted: Array | None = None
+    ) -> tuple[Array, PyTree, RouterSums | None]:
         """All layers, scanned; `attend` also gets the layer's part of the cache and gives the new one back."""
         config = self.config
         x = self._embedded(tokens, positions)
@@ -163,7 +174,7 @@ class Decoder(nnx.Module):
         local_turn = None if config.local_rope is None else rotations(config.local_rope, dimensions, positions)
         graphdef, stacked = nnx.split(self.layers)
 
-        def layer(x: Array, part: tuple[PyTree, PyTree, _Local]) -> tuple[Array, PyTree]:
+        def layer(x: Array, part: tuple[PyTree, PyTree, _Local]) -> tuple[Array, tuple[PyTree, RouterSums | None]]:
             state, kept, local = part
             kept_after = None
 
@@ -175,18 +186,18 @@ class Decoder(nnx.Module):
             here, near = turn, local.rope
             if near is not None:
                 here = jax.tree.map(lambda a, b: jnp.where(near, a, b), local_turn, turn)
-            x = nnx.merge(graphdef, state)(x, here, attend_here)
-            return x, kept_after
+            x, routed = nnx.merge(graphdef, state)(x, here, attend_here, counted)
+            return x, (kept_after, routed)
 
         if config.remat != "none":
             layer = jax.checkpoint(layer, policy=_REMAT[config.remat], prevent_cse=False)
-        x, cache = jax.lax.scan(layer, x, (stacked, cache, self._local()))
+        x, (cache, routed) = jax.lax.scan(layer, x, (stacked, cache, self._local()))
         x = self.norm(x)
         if config.learned_positions:
             # Behind the last position an answer would only be wrong, and nobody would notice. Others that see such a
             # token, or mask it, keep their numbers.
             x = jnp.where((positions < config.learned_positions)[..., None], x, jnp.nan)
-        return x, cache
+        return x, cache, routed
 
     def _embedded(self, tokens: Array, positions: Array) -> Array:
         """Words and learned positions, [R, L, D] in the compute dtype."""
@@ -206,6 +217,17 @@ class Decoder(nnx.Module):
         local = jnp.asarray(config.local_layers or (True,) * config.layers)
         window = None if config.window is None else jnp.where(local, config.window, _EVERYWHERE)
         return _Local(window, None if config.local_rope is None else local)
+
+    def _routing(self, sums: RouterSums | None, counted: Array) -> Routing | None:
+        """Means over the tokens that count; sums are [layers, ...]."""
+        if sums is None:
+            return None
+        config, tokens = self.config, jnp.maximum(jnp.sum(counted), 1).astype(jnp.float32)
+        # Both factors are means over all layers, as transformers has it.
+        load, probability = (jnp.mean(x, axis=0) / tokens for x in (sums.chosen, sums.probabilities))
+        balance = config.experts * jnp.sum(load * probability)
+        shares = sums.chosen / (tokens * config.experts_per_token)
+        return Routing(shares, balance, sums.entropy / tokens, config.router_loss * balance)
 
     def _predict(self, hidden: Array) -> Prediction:
         if self.score is not None:
@@ -232,14 +254,7 @@ def decoder_function(config: DecoderConfig, adapters: PyTree = None) -> Callable
       ValueError: an adapter of what is no linear layer.
     """
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    for path, leaf in named_leaves(adapters).items():
-        *owners, name = path.split("/")
-        owner = model
-        for part in owners:
-            owner = getattr(owner, part, None)
-        if not hasattr(owner, name):
-            raise ValueError(f"{path}: the decoder has no linear layer there; these adapters belong to another model")
-        setattr(owner, name, nnx.data(nnx.Param(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))))
+    set_adapters(model, adapters)
     return functional(model)[0]
 
 

@@ -1,11 +1,28 @@
-"""Reading config.json: values of a right type and range, or one error that names the key."""
+"""Reading config.json and its like: values of a right type and range, or one error that names the key."""
 
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 
 class WeightsError(ValueError):
     """A checkpoint that cannot be read as asked; the message names the folder and every tensor or key concerned."""
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+      WeightsError: there is no such file, or it holds something else.
+    """
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{file}: {error}") from error
+    if not isinstance(found, dict):
+        raise WeightsError(f"{file}: expected an object")
+    return found
 
 
 def integer(config: Mapping[str, Any], place: str, key: str, default: int | None = None) -> int:

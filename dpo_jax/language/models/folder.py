@@ -1,14 +1,15 @@
 """A Hugging Face folder apart from its tensors: config.json in and out by family, tokenizer, hub ids."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from dpo_jax import weights
+from dpo_jax.keys import WeightsError, read_object
 from dpo_jax.language.models.config import DecoderConfig
 from dpo_jax.language.models.families import gemma, gpt2, llama, mistral, neox, phi, qwen
-from dpo_jax.language.models.families.keys import Architecture, WeightsError
+from dpo_jax.language.models.families.keys import Architecture
 
 __all__ = [
     "ARCHITECTURES",
@@ -71,17 +72,7 @@ def local_folder(model: str | Path) -> Path:
     Raises:
       WeightsError: neither a folder nor a hub id that can be had.
     """
-    folder = Path(model)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"])
-        )
-    except Exception as error:  # offline, no such id, no permission: the hub has many names for it
-        raise WeightsError(f"{model} is neither a folder here nor a model that the hub gives ({error})") from error
+    return weights.local_folder(model, ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -90,13 +81,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
       WeightsError: there is none, or it is no JSON object.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{folder / 'config.json'}: {error}") from error
-    if not isinstance(config, dict):
-        raise WeightsError(f"{folder / 'config.json'}: expected an object")
-    return config
+    return read_object(folder / "config.json")
 
 
 def load_tokenizer(folder: Path) -> Any:

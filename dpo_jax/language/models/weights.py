@@ -3,20 +3,13 @@
 import json
 import re
 import shutil
-from collections.abc import Container, Iterable, Iterator, Mapping
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from safetensors import safe_open
-from safetensors.numpy import save_file
+from jax.sharding import Mesh, NamedSharding
 
 from dpo_jax.language.models.decoder import RULES, DecoderConfig, abstract_variables, init_variables
 from dpo_jax.language.models.families.table import Place, Table
@@ -31,35 +24,36 @@ from dpo_jax.language.models.folder import (
 from dpo_jax.sharding import Rules, make_mesh, spec_for
 from dpo_jax.tree import map_named, named_leaves
 from dpo_jax.types import Array, PyTree
+from dpo_jax.weights import (
+    DTYPES,
+    check_tensors,
+    index_file,
+    on_host,
+    open_tensors,
+    read_stack,
+    read_tensor,
+    weight_files,
+    weights_file,
+    write_tensors,
+)
 
-INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
+__all__ = [
+    "DTYPES",
+    "INDEX_FILE",
+    "WEIGHTS_FILE",
+    "WeightsError",
+    "checkpoint_tensors",
+    "load_hf",
+    "save_hf",
+    "starts_reward",
+    "tensor_shapes",
+    "weight_table",
+]
+
+INDEX_FILE, WEIGHTS_FILE = index_file("model"), weights_file("model")
 CARRIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
-DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-_SHOWN = 8  # names that an error lists of each kind
-
-
 # Buffers that old checkpoints carry and no model reads.
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / INDEX_FILE
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            outside = [name for name in names if Path(name).name != name]
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise WeightsError(f"{index}: expected an object with 'weight_map' ({error})") from error
-        if outside or not names:
-            raise WeightsError(f"{index}: names {', '.join(outside) or 'no file'}; expected files of this folder")
-        if missing := [name for name in names if not (folder / name).exists()]:
-            raise WeightsError(f"{folder}: the index names {', '.join(missing)}, which are not there")
-        return [folder / name for name in names]
-    if (folder / WEIGHTS_FILE).exists():
-        return [folder / WEIGHTS_FILE]
-    others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
-    hint = f"; {', '.join(others)} would run code when read: convert them to safetensors" if others else ""
-    raise WeightsError(f"{folder}: no {WEIGHTS_FILE} and no {INDEX_FILE}{hint}")
 
 
 def weight_table(config: DecoderConfig) -> Table:
@@ -83,27 +77,18 @@ def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return wanted
 
 
-def _check_tensors(folder: Path, config: DecoderConfig, shapes: Mapping[str, tuple]) -> None:
+def _check(folder: Path, config: DecoderConfig, tensors: Mapping[str, Any]) -> None:
     """One error that names all tensors that are missing, surplus or of a wrong shape."""
-    table, wanted = weight_table(config), tensor_shapes(config)
-    missing = sorted(wanted.keys() - shapes.keys())
-    surplus = sorted(name for name in shapes.keys() - wanted.keys() if not _IGNORED.search(name))
-    if starts_reward(config, shapes):
-        missing = [name for name in missing if name != table["score/weight"].name]
-    if config.tie_embeddings or config.reward:
-        heads = {table[path].name for path in ("head/embedding", "head_bias/bias")}
-        surplus = [name for name in surplus if name not in heads]
-    wrong = [
-        f"{n} is {list(shapes[n])}, expected {list(s)}" for n, s in wanted.items() if n in shapes and shapes[n] != s
-    ]
-    problems = {"missing": missing, "surplus": surplus, "of a wrong shape": wrong}
-    if any(problems.values()):
-        parts = [
-            f"{len(names)} {kind}: {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}"
-            for kind, names in problems.items()
-            if names
-        ]
-        raise WeightsError(f"{folder}: the tensors do not fit config.json; {'; '.join(parts)}")
+    table = weight_table(config)
+    tied = config.tie_embeddings or config.reward
+    heads = {table[path].name for path in ("head/embedding", "head_bias/bias")} if tied else set()
+    check_tensors(
+        folder,
+        tensor_shapes(config),
+        tensors,
+        may_miss=(table["score/weight"].name,) if starts_reward(config, tensors) else (),
+        passed_over=lambda name: name in heads or _IGNORED.search(name) is not None,
+    )
 
 
 def starts_reward(config: DecoderConfig, names: Container[str]) -> bool:
@@ -143,56 +128,30 @@ def load_hf(
     config = config or config_from_hf(read_config(folder), place=str(folder / "config.json"))
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
     abstract, table = abstract_variables(config), weight_table(config)
-    with ExitStack() as stack:
-        where: dict[str, Any] = {}
-        for path in _weight_files(folder):
-            try:
-                file = stack.enter_context(safe_open(path, framework="numpy"))
-                where |= {name: file for name in file.keys()}  # noqa: SIM118
-            except Exception as error:  # safetensors raises a type of its own
-                raise WeightsError(f"{path}: not a safetensors file ({error})") from error
-        expected = tensor_shapes(config)
-        slices = {_full_name(name, expected, config): file.get_slice(name) for name, file in where.items()}
-        shapes = {name: tuple(piece.get_shape()) for name, piece in slices.items()}
-        _check_tensors(folder, config, shapes)
-        if odd := sorted({f"{n} ({s.get_dtype()})" for n, s in slices.items() if s.get_dtype() not in DTYPES}):
-            raise WeightsError(
-                f"{folder}: tensors of unknown type: {', '.join(odd[:_SHOWN])}; expected {', '.join(DTYPES)}"
-            )
+    expected = tensor_shapes(config)
+    with open_tensors(weight_files(folder)) as found:
+        tensors = {_full_name(name, expected, config): tensor for name, tensor in found.items()}
+        _check(folder, config, tensors)
 
         def read(path: str, leaf: jax.ShapeDtypeStruct) -> Array:
-            spec = spec_for(path, leaf.shape, rules, mesh)
+            sharding = NamedSharding(mesh, spec_for(path, leaf.shape, rules, mesh))
             place = table[path]
             names = _tensor_names(path, place, config)
-            if names[0] not in slices:
+            if names[0] not in tensors:
                 new = jax.jit(lambda: init_variables(config, jax.random.key(0))["score"]["weight"])
-                return jax.device_put(new(), NamedSharding(mesh, spec))
-            if not path.startswith("layers/"):
-                return _read_tensor(slices[names[0]], leaf.shape, leaf.dtype, NamedSharding(mesh, spec), place)
-            whole, one = NamedSharding(mesh, spec), NamedSharding(mesh, PartitionSpec(*spec[1:]))
-            filled = jax.jit(partial(jnp.zeros, leaf.shape, leaf.dtype), out_shardings=whole)()
-            put = jax.jit(lambda all, new, i: all.at[i].set(new), donate_argnums=0, out_shardings=whole)
-            for number, name in enumerate(names):
-                layer = _read_tensor(slices[name], leaf.shape[1:], leaf.dtype, one, place)
-                filled = put(filled, layer, number)
-            return filled
+                return jax.device_put(new(), sharding)
+            stacked = path.startswith("layers/")
+            turned = range(len(leaf.shape) - stacked)[::-1] if place.transposed else None
+            how = {
+                "axes": turned and tuple(turned),
+                "columns": None if place.part is None else place.part.places,
+            }
+            if stacked:
+                found = [tensors[name] for name in names]
+                return read_stack(found, (len(found),), leaf.shape, leaf.dtype, sharding, **how)
+            return read_tensor(tensors[names[0]], leaf.shape, leaf.dtype, sharding, **how)
 
         return config, map_named(read, abstract)
-
-
-def _read_tensor(piece: Any, shape: tuple, dtype: Any, sharding: NamedSharding, place: Place) -> Array:
-    """One tensor or part of one, each device's part read by itself."""
-
-    def part(index: Any) -> np.ndarray:  # a tuple of slices
-        columns = None
-        if place.part is not None:
-            columns = place.part.places(np.arange(*index[-1].indices(shape[-1])))
-            index = (*index[:-1], slice(columns.min(), columns.max() + 1))
-        values = np.asarray(piece[index[::-1] if place.transposed else index])
-        values = values.T if place.transposed else values
-        return (values if columns is None else values[..., columns - columns.min()]).astype(dtype)
-
-    return jax.make_array_from_callback(shape, sharding, part)
 
 
 def save_hf(
@@ -214,24 +173,13 @@ def save_hf(
     """
     folder, writes = Path(folder), jax.process_index() == 0
     before = read_config(source) if source is not None and writes else {}
-    if writes:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob("shard-*.partial"):
-            left.unlink()
-    sizes: dict[str, int] = {}
-    shards: list[list[str]] = []
-    for shard in _shards(checkpoint_tensors(config, variables, dtype), max_shard_bytes):
-        sizes |= {name: tensor.nbytes for name, tensor in shard.items()}
-        shards.append(list(shard))
-        if writes:
-            save_file(shard, folder / f"shard-{len(shards)}.partial", metadata={"format": "pt"})
-    if writes:
-        # Old weights stay until all new ones are written, and those get their names last: whatever fails between, the
-        # folder never holds weights and a config that do not belong together.
-        for old in folder.glob("model*.safetensors*"):
-            old.unlink()
-        _write_configs(folder, config, before, source, np.dtype(dtype or config.param_dtype).name)
-        _name_shards(folder, shards, sum(sizes.values()))
+    name = np.dtype(dtype or config.param_dtype).name
+    write_tensors(
+        folder,
+        checkpoint_tensors(config, variables, dtype),
+        max_shard_bytes=max_shard_bytes,
+        beside=lambda: _write_configs(folder, config, before, source, name),
+    )
 
 
 def checkpoint_tensors(config: DecoderConfig, variables: PyTree, dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
@@ -248,7 +196,7 @@ def checkpoint_tensors(config: DecoderConfig, variables: PyTree, dtype: Any = No
     for leaves in together.values():
         first = next(iter(leaves))
         for number, name in enumerate(_tensor_names(first, table[first], config)):
-            parts = {path: _on_host(x[number] if path.startswith("layers/") else x) for path, x in leaves.items()}
+            parts = {path: on_host(x[number] if path.startswith("layers/") else x) for path, x in leaves.items()}
             values = _fused({table[path]: part for path, part in parts.items()})
             values = values.T if table[first].transposed else values
             yield name, np.ascontiguousarray(values.astype(dtype or values.dtype))
@@ -264,39 +212,6 @@ def _fused(parts: Mapping[Place, np.ndarray]) -> np.ndarray:
         if place.part is not None:
             together[..., place.part.places(np.arange(values.shape[-1]))] = values
     return together
-
-
-def _on_host(array: Array) -> np.ndarray:
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
-def _shards(tensors: Iterable[tuple[str, np.ndarray]], most: int) -> Iterator[dict[str, np.ndarray]]:
-    shard: dict[str, np.ndarray] = {}
-    for name, tensor in tensors:
-        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > most:
-            yield shard
-            shard = {}
-        shard[name] = tensor
-    yield shard
-
-
-def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
-    """Give the files their names, which hold the number of files, and write the index if there are several."""
-    # Only now, for a run that dies while it writes must leave the weights that were there.
-    for old in folder.glob("model*.safetensors*"):
-        old.unlink()
-    if len(shards) == 1:
-        (folder / "shard-1.partial").rename(folder / WEIGHTS_FILE)
-        return
-    weight_map = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"shard-{number}.partial").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=1))
 
 
 def _write_configs(

@@ -14,7 +14,7 @@ from make_tiny_checkpoint import llama_config
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from dpo_jax.language.models import weights
+from dpo_jax import weights as files
 from dpo_jax.language.models.decoder import DecoderConfig, RopeConfig, decoder_function
 from dpo_jax.language.models.folder import WeightsError, config_from_hf, config_to_hf
 from dpo_jax.language.models.weights import load_hf, save_hf
@@ -201,7 +201,7 @@ def test_each_device_reads_its_own_part_of_one_tensor_at_a_time(monkeypatch, tmp
 
         return make(shape, sharding, counted)
 
-    monkeypatch.setattr(weights.jax, "make_array_from_callback", watched)
+    monkeypatch.setattr(files.jax, "make_array_from_callback", watched)
     mesh = make_mesh(fsdp=4, model=2)
     config, variables = load_hf(PLAIN, mesh=mesh)
     leaves = named_leaves(variables)
@@ -244,7 +244,7 @@ def test_writing_that_fails_leaves_the_weights_that_were_there(monkeypatch, tmp_
     def full(*_, **__):
         raise OSError("no space left")
 
-    monkeypatch.setattr(weights, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(OSError, match="no space"):
         save_hf(folder, config, variables, source=folder)
     assert_same(load_hf(folder)[1], variables)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from make_decoder_fixtures import FOLDER, inputs
 from make_tiny_checkpoint import llama_config
 
+from dpo_jax import weights as files
 from dpo_jax.language.models import weights
 from dpo_jax.language.models.decoder import decoder_function
 from dpo_jax.language.models.folder import WeightsError, config_from_hf, read_config
@@ -170,7 +171,7 @@ def test_an_export_that_fails_on_the_way_is_no_checkpoint(monkeypatch, tmp_path)
     config, variables = load_hf(PLAIN)
 
     def fails(after):
-        calls, write = [], weights.save_file
+        calls, write = [], files.save_file
 
         def limited(*arguments, **options):
             calls.append(None)
@@ -181,7 +182,7 @@ def test_an_export_that_fails_on_the_way_is_no_checkpoint(monkeypatch, tmp_path)
         return limited
 
     with monkeypatch.context() as patch:
-        patch.setattr(weights, "save_file", fails(after=2))
+        patch.setattr(files, "save_file", fails(after=2))
         with pytest.raises(OSError, match="no space"):
             save_hf(tmp_path / "new", config, variables, max_shard_bytes=9000)
     with pytest.raises(WeightsError):

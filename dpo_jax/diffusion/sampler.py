@@ -30,7 +30,7 @@ from dpo_jax.diffusion.transitions import (
     take_steps,
     transition,
 )
-from dpo_jax.diffusion.types import Denoised, Parameterisation, Predict, Sample, Step, Trajectory
+from dpo_jax.diffusion.types import Denoised, Parameterisation, Predict, Sample, Step, Trajectory, Transition
 from dpo_jax.ops import safe_divide
 from dpo_jax.types import Array, PyTree
 
@@ -197,10 +197,10 @@ def sample(
     return Sample(end[0], Trajectory(jnp.moveaxis(states, 0, 1), jnp.moveaxis(kept[1], 0, 1)))
 
 
-def trajectory_logps(
+def trajectory_means(
     predict: Predict, latents: Array, steps: Step, condition: PyTree = None, *, parameterisation: Parameterisation
 ) -> Array:
-    """Log-probability of each step of recorded trajectories under a model, float32 [B, S].
+    """Mean of each recorded step under a model, float32 [B, S, ...].
 
     One step's activations are alive at a time, backward pass included. No gradient flows into the states.
 
@@ -212,15 +212,38 @@ def trajectory_logps(
     if latents.shape[1] != len(steps.time) + 1:
         raise ValueError(f"{latents.shape[1]} states for {len(steps.time)} steps; give one state more than steps")
     require_clean(steps, parameterisation)
-    states = jax.lax.stop_gradient(jnp.moveaxis(latents, 1, 0))
+    states = jax.lax.stop_gradient(jnp.moveaxis(latents, 1, 0))[:-1].astype(jnp.float32)
 
-    def score(_: None, inputs: tuple[Step, Array, Array]) -> tuple[None, Array]:
-        step, before, after = inputs
-        said = denoise(predict, before.astype(jnp.float32), step, condition, parameterisation)
-        return None, log_prob(transition(step, said), after)
+    def mean(_: None, inputs: tuple[Step, Array]) -> tuple[None, Array]:
+        step, before = inputs
+        return None, transition(step, denoise(predict, before, step, condition, parameterisation)).mean
 
-    _, logps = jax.lax.scan(jax.checkpoint(score, prevent_cse=False), None, (steps, states[:-1], states[1:]))
-    return jnp.moveaxis(logps, 0, 1)
+    _, means = jax.lax.scan(jax.checkpoint(mean, prevent_cse=False), None, (steps, states))
+    return jnp.moveaxis(means, 0, 1)
+
+
+def logps_of_means(means: Array, latents: Array, steps: Step) -> Array:
+    """Log-probability of recorded steps with given means, float32 [B, S], summed over elements.
+
+    Args:
+      means: [B, S, ...], see `trajectory_means`.
+      latents, steps: as there.
+    """
+    after = jax.lax.stop_gradient(latents[:, 1:])
+    std = jnp.zeros(len(steps.time), jnp.float32) if steps.std is None else jnp.asarray(steps.std, jnp.float32)
+    of_steps = jax.vmap(lambda mean, std, value: log_prob(Transition(mean, std), value), in_axes=(1, 0, 1), out_axes=1)
+    return of_steps(means, std, after)
+
+
+def trajectory_logps(
+    predict: Predict, latents: Array, steps: Step, condition: PyTree = None, *, parameterisation: Parameterisation
+) -> Array:
+    """Log-probability of each recorded step under a model, float32 [B, S], summed over elements.
+
+    Arguments as in `trajectory_means`.
+    """
+    means = trajectory_means(predict, latents, steps, condition, parameterisation=parameterisation)
+    return logps_of_means(means, latents, steps)
 
 
 def denoise(

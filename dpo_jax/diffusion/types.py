@@ -3,9 +3,11 @@
 Latents are [B, ...] with the channels last; any number of axes may stand between (height and width, frames).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from dpo_jax.types import Array, PyTree
@@ -15,6 +17,16 @@ Table = np.ndarray | Array
 # predict(latents [B, ...], timesteps [B], condition) -> [B, ...]; leaves of the condition are [B, ...] too.
 # Timesteps are float32, whole numbers unless the sampler's grid is fractional; a flow model is given 1000 sigma.
 Predict = Callable[[Array, Array, PyTree], Array]
+# What the images of a row are, by the form of the row: `policy_chosen_error` is image 0 of a pair. The items of a list
+# have no names.
+IMAGES: Mapping[str, tuple[str, ...]] = {
+    "pairs": ("chosen", "rejected"),
+    "singles": ("image",),
+    "mismatched": ("image", "mismatched"),
+    "experts": ("expert", "sampled"),
+    "patches": ("entity", "generated"),
+    "lists": (),
+}
 # What a model predicts: (alpha, sigma) -> (a, b) such that the prediction is a * noise + b * clean.
 Parameterisation = Callable[[Table, Table], tuple[Table | float, Table | float]]
 
@@ -105,3 +117,51 @@ class Sample(NamedTuple):
 
     latents: Array
     trajectory: Trajectory | None = None
+
+
+@dataclass(frozen=True)
+class DiffusionBatch:
+    """Rows of K images, each with its condition; NumPy on the host, jax arrays on devices.
+
+    Attributes:
+      latents: [B, K, ...], clean, in the order of IMAGES, channels last; any float dtype.
+      condition: pytree whose leaves are [B, K, ...], or [B, 1, ...] where the images of a row share one.
+      weight: float32 [B], 0 for empty places.
+      columns: name -> [B, ...].
+      spread: standard deviation of the autoencoder's posterior, like `latents`, which are then its mean and are drawn
+        anew each time; None for latents without one.
+    """
+
+    latents: Array | np.ndarray
+    condition: PyTree
+    weight: Array | np.ndarray
+    columns: Mapping[str, Array | np.ndarray]
+    spread: Array | np.ndarray | None = None
+
+
+jax.tree_util.register_dataclass(
+    DiffusionBatch, data_fields=["latents", "condition", "weight", "columns", "spread"], meta_fields=[]
+)
+
+
+@dataclass(frozen=True)
+class TrajectoryBatch:
+    """Recorded parts of rollouts, K of them in a row.
+
+    Attributes:
+      latents: float32 [B, K, S + 1, ...], the state before each step and after the last.
+      steps: fields [B, S], the steps that were recorded.
+      condition: as in `DiffusionBatch`; a `Guidance` of two for guided rollouts.
+      weight, columns: as in `DiffusionBatch`.
+    """
+
+    latents: Array | np.ndarray
+    steps: Step
+    condition: PyTree
+    weight: Array | np.ndarray
+    columns: Mapping[str, Array | np.ndarray]
+
+
+jax.tree_util.register_dataclass(
+    TrajectoryBatch, data_fields=["latents", "steps", "condition", "weight", "columns"], meta_fields=[]
+)

@@ -1,0 +1,103 @@
+"""What a model is asked about images, and how wrong its answer is: the one error kernel of all objectives.
+
+N = B * K images, those of a row being neighbours: splitting and merging that axis moves nothing between devices.
+A paper that does not simply add noise writes a function that makes the `Inputs`; its argument names say what it needs
+(see `objectives.from_loss`).
+"""
+
+from collections.abc import Collection
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax.diffusion.ops import denoising_error
+from dpo_jax.diffusion.process import Process, empty_condition, level_of
+from dpo_jax.diffusion.sampler import Guidance, guided
+from dpo_jax.diffusion.schedule import add_noise, prediction_target
+from dpo_jax.diffusion.types import Predict
+from dpo_jax.types import Array, PyTree
+
+# Statistics of a prediction: mean squared error of an image [N], of each frame [N, F] (axis 1), at each place [N, ...]
+# (mean over channels), and the prediction itself.
+STATISTICS = ("error", "frame_error", "error_map", "pred")
+
+
+class Inputs(NamedTuple):
+    """What a model is asked, and what a perfect one would answer; constants.
+
+    Attributes:
+      latents: float32 [N, ...], noisy.
+      times: float32 [N], as the model is told them.
+      target: float32 [N, ...].
+      condition: pytree, leaves [N, ...].
+      weights: None, or float32 [S, N] where each image is asked about at S points of a trajectory: latents, times and
+        target then lead with S, and an image's error is the weighted sum.
+      guidance: scale of classifier-free guidance inside the model; 1 for none.
+    """
+
+    latents: Array
+    times: Array
+    target: Array
+    condition: PyTree
+    weights: Array | None = None
+    guidance: float = 1.0
+
+
+def noised_inputs(*, clean: Array, noise: Array, times: Array, condition: PyTree, process: Process) -> Inputs:
+    """Noise added to clean latents, which is what most papers do.
+
+    Args:
+      clean, noise: [N, ...].
+      times: float32 [N].
+      condition: leaves [N, ...].
+    """
+    level = level_of(process, times)
+    target = prediction_target(clean, noise, level, process.parameterisation)
+    return Inputs(add_noise(clean, noise, level), times, target, condition)
+
+
+def measure(predict: Predict, inputs: Inputs, process: Process, statistics: Collection[str]) -> dict[str, Array]:
+    """Statistics of a model's predictions, float32, differentiable in what the model closes over.
+
+    One point of a trajectory is alive at a time, backward pass included.
+
+    Args:
+      predict: the model.
+      inputs: constants; no gradient flows into them.
+      process: gives the empty prompt's condition where the inputs ask for guidance.
+      statistics: names in STATISTICS; of trajectories "error" alone.
+
+    Raises:
+      ValueError: a statistic that is not there, or not of trajectories.
+    """
+    inputs = jax.lax.stop_gradient(inputs._replace(guidance=0.0))._replace(guidance=inputs.guidance)
+    condition = inputs.condition
+    if inputs.guidance != 1.0:
+        rows = inputs.times.shape[-1]
+        predict, condition = guided(predict, inputs.guidance), Guidance(condition, empty_condition(process, rows))
+    if unknown := set(statistics) - set(STATISTICS if inputs.weights is None else ("error",)):
+        kind = "an image" if inputs.weights is None else "a trajectory"
+        raise ValueError(f"no statistics {sorted(unknown)} of {kind}; there are {', '.join(STATISTICS)}")
+    if inputs.weights is not None:
+        ask = jax.checkpoint(partial(_step_error, predict, condition), prevent_cse=False)
+        start = jnp.zeros(inputs.times.shape[1:], jnp.float32)
+        points = (inputs.latents, inputs.times, inputs.target, inputs.weights)
+        return {"error": jax.lax.scan(ask, start, points)[0]}
+    said = predict(inputs.latents, inputs.times, condition).astype(jnp.float32)
+    last = said.ndim - 1
+    makers = {
+        "error": lambda: denoising_error(said, inputs.target),
+        "frame_error": lambda: denoising_error(said, inputs.target, keep=(1,)),
+        "error_map": lambda: denoising_error(said, inputs.target, keep=tuple(range(1, last))),
+        "pred": lambda: said,
+    }
+    return {name: makers[name]() for name in statistics}
+
+
+def _step_error(
+    predict: Predict, condition: PyTree, total: Array, point: tuple[Array, Array, Array, Array]
+) -> tuple[Array, None]:
+    latents, times, target, weight = point
+    return total + weight * denoising_error(predict(latents, times, condition), target), None

@@ -1,0 +1,215 @@
+"""From a loss to an objective: the argument names of the loss say which models run and what is computed."""
+
+import re
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax.diffusion.errors import STATISTICS, Inputs, measure, noised_inputs
+from dpo_jax.diffusion.process import Process, draw_times, level_of
+from dpo_jax.diffusion.schedule import offset_noise as with_offset
+from dpo_jax.diffusion.schedule import snr
+from dpo_jax.diffusion.types import IMAGES, DiffusionBatch, Predict
+from dpo_jax.signatures import read_needs
+from dpo_jax.types import Array, LossOutput, PyTree
+
+Loss = Callable[..., LossOutput]
+MakeInputs = Callable[..., Inputs]
+
+_NAMES = {name for names in IMAGES.values() for name in names}
+_SIDE = f"(?:({'|'.join(sorted(_NAMES, key=len, reverse=True))})_)?"
+_OF_ONE_MODEL = re.compile(rf"(policy|reference)_{_SIDE}({'|'.join((*STATISTICS, 'step_logps'))})")
+_OF_THE_INPUTS = re.compile(rf"{_SIDE}(target)")
+_OF_BOTH_MODELS = re.compile(rf"{_SIDE}(step_gap)")
+_OF_THE_LEVEL = ("timesteps", "alphas_cumprod", "sigmas", "log_snr")
+_OF_THE_STEPS = ("step_stds",)
+
+
+class Origin(NamedTuple):
+    """Where an array argument comes from.
+
+    Attributes:
+      maker: "policy", "reference", "both", "inputs", "level", "steps" or "column".
+      statistic: `error`, `frame_error`, `pred`, `step_logps`, `target`, ...; the argument's own name for a column.
+      side: name of one image ("chosen", "rejected", ...), or None for all of them.
+    """
+
+    maker: str
+    statistic: str
+    side: str | None
+
+
+def origin(name: str) -> Origin:
+    """Where an argument of this name comes from, unless a column of the data gives it."""
+    if match := _OF_ONE_MODEL.fullmatch(name):
+        return Origin(match[1], match[3], match[2])
+    if match := _OF_BOTH_MODELS.fullmatch(name):
+        return Origin("both", match[2], match[1])
+    if match := _OF_THE_INPUTS.fullmatch(name):
+        return Origin("inputs", match[2], match[1])
+    if name in _OF_THE_LEVEL:
+        return Origin("level", name, None)
+    return Origin("steps" if name in _OF_THE_STEPS else "column", name, None)
+
+
+def form_of(loss: Loss) -> str:
+    """The form of row that a loss reads (a key of `IMAGES`): that of the images that its arguments name."""
+    named = {side for name in read_needs(loss).arrays for side in [origin(name).side] if side}
+    if not named:
+        return "lists"
+    return next(form for form, names in IMAGES.items() if named <= set(names))
+
+
+def reads_trajectories(loss: Loss) -> bool:
+    """Whether a loss is one of recorded sampling steps instead of noised images."""
+    return any(origin(name).statistic in ("step_logps", "step_gap") for name in read_needs(loss).arrays)
+
+
+def needs_reference(loss: Loss, inputs: MakeInputs = noised_inputs, columns: Collection[str] = ()) -> bool:
+    """Whether a reference model must run, for the loss's arrays or to make the inputs."""
+    asked = (name for name in read_needs(loss).arrays if name not in columns)
+    return any(origin(name).maker in ("reference", "both") for name in asked) or (
+        "reference" in read_needs(inputs).arrays
+    )
+
+
+_GIVEN = ("clean", "noise", "own_noise", "times", "condition", "process", "policy", "reference", "images")
+
+
+def column_names(loss: Loss, inputs: MakeInputs = noised_inputs) -> tuple[str, ...]:
+    """Names that only the data can give: the loss's, then those of the function that makes the inputs."""
+    of_loss = [name for name in read_needs(loss).arrays if origin(name).maker == "column"]
+    return tuple(dict.fromkeys([*of_loss, *(name for name in read_needs(inputs).arrays if name not in _GIVEN)]))
+
+
+def from_loss(
+    loss: Loss, process: Process, *, inputs: MakeInputs = noised_inputs, offset_noise: float = 0.0, **hyper: Any
+):
+    """Objective `(policy, reference, batch, key, loss_state) -> LossOutput` of a loss of noised images.
+
+    What the loss and the inputs name is computed and handed over, nothing else; a column wins over a computation. The
+    images of a row share the timestep, and the noise unless the inputs take `own_noise`.
+
+    Args:
+      loss: keyword-only function. `policy_chosen_error` and the like are float32 [B], without a side `policy_error`
+        [B, K]; `timesteps`, `alphas_cumprod`, `sigmas` and `log_snr` are the row's, [B]; other names are columns.
+      process: what the models were trained to undo.
+      inputs: what the models are asked, `errors.noised_inputs` unless a paper has its own. By name it gets `clean` and
+        `noise` (`own_noise`: drawn for each image) [N, ...], `times` [N], `condition`, `process`, the models `policy`
+        and `reference`, a `key`, the number of `images` in a row, and columns [B, ...]; it has hyper-parameters too.
+      offset_noise: strength of one more Gaussian shift of each image and channel, see `schedule.offset_noise`.
+      hyper: hyper-parameters of the loss and of the inputs.
+
+    Raises:
+      TypeError: a hyper-parameter that neither has; when traced, a column, a reference or an image that is missing.
+    """
+    needs, asks, form = read_needs(loss), read_needs(inputs), form_of(loss)
+    if unknown := set(hyper) - set(needs.hyper) - set(asks.hyper):
+        known = sorted({*needs.hyper, *asks.hyper})
+        raise TypeError(f"{loss.__name__} has no option {sorted(unknown)}; its options are {known}")
+    of_loss = {name: value for name, value in hyper.items() if name in needs.hyper}
+    of_inputs = {name: value for name, value in hyper.items() if name in asks.hyper}
+
+    def objective(
+        policy: Predict, reference: Predict | None, batch: DiffusionBatch, key: Array, loss_state: PyTree = None
+    ) -> LossOutput:
+        columns = {name: jnp.asarray(x) for name, x in batch.columns.items()}
+        origins = {name: origin(name) for name in needs.arrays if name not in columns}
+        wanted = {name for name, source in origins.items() if source.maker == "column"}
+        wanted |= set(asks.arrays) - set(_GIVEN) - set(columns)
+        if wanted:
+            have = f"the columns {sorted(columns)}" if columns else "no columns"
+            raise TypeError(f"{loss.__name__} needs the columns {sorted(wanted)}, and the data has {have}")
+        if reference is None and needs_reference(loss, inputs, columns):
+            raise TypeError(f"{loss.__name__} needs a reference: give the state one")
+        keys = dict(zip(("draw", "inputs", "loss"), jax.random.split(key, 3)))
+        given = _given(batch, process, keys["draw"], offset_noise) | {"policy": policy, "reference": reference}
+        given |= {name: columns[name] for name in asks.arrays if name not in _GIVEN}
+        special = {"key": keys["inputs"]} if asks.key else {}
+        made = inputs(**{name: given[name] for name in asks.arrays}, **special, **of_inputs)
+        rows = batch.weight.shape[0]
+        values = _computed(set(origins.values()), policy, reference, made, process, rows)
+        arrays = {
+            name: columns[name] if name in columns else side_of(values, origins[name], form) for name in needs.arrays
+        }
+        special = {"loss_state": loss_state} if needs.state else {}
+        special |= {"key": keys["loss"]} if needs.key else {}
+        return loss(**arrays, **special, **of_loss)
+
+    return objective
+
+
+def _given(batch: DiffusionBatch, process: Process, key: Array, offset: float) -> dict[str, Any]:
+    """What the inputs are made of, [N, ...]; the same timestep, and the same `noise`, for the images of a row."""
+    rows, images = batch.latents.shape[:2]
+    shape = batch.latents.shape
+    times_key, noise_key, spread_key, offset_key = jax.random.split(key, 4)
+
+    def merged(array: Array) -> Array:
+        array = jnp.broadcast_to(array, (rows, images, *array.shape[2:]))
+        return array.reshape(rows * images, *array.shape[2:])
+
+    clean = jnp.asarray(batch.latents, jnp.float32)
+    if batch.spread is not None:
+        clean = clean + batch.spread * jax.random.normal(spread_key, shape)
+    drawn = {
+        "noise": jax.random.normal(noise_key, (rows, 1, *shape[2:])),
+        "own_noise": jax.random.normal(noise_key, shape),
+    }
+    if offset:
+        for name, array in drawn.items():
+            flat = array.reshape(-1, *shape[2:])
+            drawn[name] = with_offset(offset_key, flat, strength=offset).reshape(array.shape)
+    return {
+        **{name: merged(array) for name, array in drawn.items()},
+        "clean": merged(clean),
+        "times": merged(draw_times(process, times_key, (rows, 1))),
+        "condition": jax.tree.map(merged, batch.condition),
+        "process": process,
+        "images": images,
+    }
+
+
+def _computed(
+    origins: set[Origin],
+    policy: Predict,
+    reference: Predict | None,
+    inputs: Inputs,
+    process: Process,
+    rows: int,
+) -> dict[tuple[str, str], Array]:
+    """[B, K, ...] (of the level: [B]) of each origin, with one forward of each model that is needed."""
+
+    def split(array: Array) -> Array:
+        return array.reshape(rows, -1, *array.shape[1:])
+
+    values: dict[tuple[str, str], Array] = {}
+    for maker, model in (("policy", policy), ("reference", reference)):
+        names = sorted({source.statistic for source in origins if source.maker == maker})
+        if names:
+            assert model is not None
+            measured = measure(model, inputs, process, names)
+            measured = measured if maker == "policy" else jax.lax.stop_gradient(measured)
+            values |= {(maker, name): split(array) for name, array in measured.items()}
+    if any(source.maker == "inputs" for source in origins):
+        values["inputs", "target"] = split(inputs.target)
+    if any(source.maker == "level" for source in origins):
+        times = split(inputs.times)[:, 0]
+        level = level_of(process, times)
+        values["level", "timesteps"] = times
+        values["level", "alphas_cumprod"] = jnp.square(level.alpha)
+        values["level", "sigmas"] = level.sigma
+        values["level", "log_snr"] = jnp.log(jnp.maximum(snr(level), 1e-30))
+    return values
+
+
+def side_of(values: dict[tuple[str, str], Array], source: Origin, form: str) -> Array:
+    """[B, K, ...] -> [B, ...] of the image that an argument's name speaks of, or all of them."""
+    whole = values[source.maker, source.statistic]
+    if source.side is None:
+        return whole
+    if whole.shape[1] != len(IMAGES[form]):
+        raise TypeError(f"{source.side} is one of {form}, and the rows have {whole.shape[1]} images each")
+    return whole[:, IMAGES[form].index(source.side)]

@@ -74,9 +74,8 @@ def _step_values(
     for maker, model in (("policy", policy), ("reference", reference)):
         if makers & {maker, "both"}:
             assert model is not None
-            means[maker] = trajectory_means(
-                guided(model, scale), latents, steps, condition, parameterisation=process.parameterisation
-            )
+            model = model if scale == 1 else guided(model, scale)
+            means[maker] = trajectory_means(model, latents, steps, condition, parameterisation=process.parameterisation)
     if "reference" in means:
         means["reference"] = jax.lax.stop_gradient(means["reference"])
     elements = latents[0, 0].size

@@ -1,3 +1,3 @@
-"""One paper, one file: losses and the other pure functions of the diffusion wing. Importing it loads jax and chex only."""
+"""One paper, one file: losses and other pure functions of the diffusion wing; they load jax and chex only."""
 
 from dpo_jax.diffusion.methods.diffusion_dpo import diffusion_dpo_loss as diffusion_dpo_loss

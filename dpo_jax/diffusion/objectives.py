@@ -200,7 +200,7 @@ def _computed(
         level = level_of(process, times)
         values["level", "timesteps"] = times
         values["level", "alphas_cumprod"] = jnp.square(level.alpha)
-        values["level", "sigmas"] = level.sigma
+        values["level", "sigmas"] = jnp.asarray(level.sigma)
         values["level", "log_snr"] = jnp.log(jnp.maximum(snr(level), 1e-30))
     return values
 

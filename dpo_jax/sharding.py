@@ -1,8 +1,9 @@
 """Meshes, rules from path names to shardings, and global batches from per-host slices.
 
-Three axes: `data` replicates the parameters, `fsdp` shards them and the batch, `model` splits heads, hidden units and
-the vocabulary. A rule is a pair of a regular expression and a PartitionSpec; the first that matches a leaf's path
-name decides, and axes that do not divide a dimension are dropped there.
+Four axes: `data` replicates the parameters, `fsdp` shards them and the batch, `expert` shards experts and the batch,
+`model` splits heads, hidden units and the vocabulary. The batch falls on `expert` too, because all that is no expert
+would else be computed once for each of its shards. A rule is a pair of a regular expression and a PartitionSpec; the
+first that matches a leaf's path name decides, and axes that do not divide a dimension are dropped there.
 """
 
 import math
@@ -20,15 +21,21 @@ from dpo_jax.types import Array, PyTree
 P = PartitionSpec
 Rules = Sequence[tuple[str, PartitionSpec]]
 
-AXES = ("data", "fsdp", "model")
-BATCH_AXES = ("data", "fsdp")
-MODEL_AXIS = "model"
+AXES = ("data", "fsdp", "expert", "model")
+BATCH_AXES = ("data", "fsdp", "expert")
+EXPERT_AXIS, MODEL_AXIS = "expert", "model"
 
 
 def make_mesh(
-    *, data: int = -1, fsdp: int = 1, model: int = 1, slices: int = 1, devices: Sequence[Any] | None = None
+    *,
+    data: int = -1,
+    fsdp: int = 1,
+    model: int = 1,
+    expert: int = 1,
+    slices: int = 1,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """Mesh over the axes data, fsdp, model; one of the sizes may be -1 and takes what is left.
+    """Mesh over the axes data, fsdp, expert, model; one of the sizes may be -1 and takes what is left.
 
     Args:
       slices: number of TPU slices (or hosts groups joined by a slow network) that the data axis spans; the others stay
@@ -39,7 +46,7 @@ def make_mesh(
       ValueError: the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = {"data": data, "fsdp": fsdp, "model": model}
+    sizes = {"data": data, "fsdp": fsdp, "expert": expert, "model": model}
     free = [axis for axis, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
     if len(free) > 1 or known < 1 or len(devices) % known:
@@ -130,17 +137,21 @@ def like_parameters(tree: PyTree, params: PyTree, mesh: Mesh, rules: Rules) -> P
 
 
 def batch_shardings(batch: PyTree, mesh: Mesh) -> PyTree:
-    """Leading axis over data and fsdp, the rest replicated."""
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, P(BATCH_AXES)), batch)
+    """Leading axis over the axes of the batch, the rest replicated."""
+    return jax.tree.map(lambda leaf: _batch_sharding(mesh), batch)
 
 
 def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
-    """Global arrays from this process's slice of the batch (leading axis), spread over data and fsdp."""
+    """Global arrays from this process's slice of the batch (leading axis), spread over data, fsdp and expert."""
 
     def put(leaf: np.ndarray) -> Array:
-        return jax.make_array_from_process_local_data(NamedSharding(mesh, P(BATCH_AXES)), np.asarray(leaf))
+        return jax.make_array_from_process_local_data(_batch_sharding(mesh), np.asarray(leaf))
 
     return jax.tree.map(put, batch)
+
+
+def _batch_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P(tuple(axis for axis in BATCH_AXES if axis in mesh.shape)))
 
 
 def data_shards(mesh: Mesh) -> int:

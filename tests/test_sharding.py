@@ -22,9 +22,10 @@ RULES = ((r"kernel$", P("fsdp", "model")), (r"embedding", P("model", "fsdp")))
 
 
 def test_one_size_may_be_left_open():
-    assert dict(make_mesh(fsdp=4).shape) == {"data": 2, "fsdp": 4, "model": 1}
-    assert dict(make_mesh(data=2, fsdp=-1, model=2).shape) == {"data": 2, "fsdp": 2, "model": 2}
-    assert data_shards(make_mesh(fsdp=2, model=2)) == 4
+    assert dict(make_mesh(fsdp=4).shape) == {"data": 2, "fsdp": 4, "expert": 1, "model": 1}
+    assert dict(make_mesh(data=2, fsdp=-1, model=2).shape) == {"data": 2, "fsdp": 2, "expert": 1, "model": 2}
+    assert dict(make_mesh(fsdp=1, expert=-1, data=2).shape) == {"data": 2, "fsdp": 1, "expert": 4, "model": 1}
+    assert data_shards(make_mesh(fsdp=2, model=2)) == 4 and data_shards(make_mesh(expert=2, model=2)) == 4
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ def test_sizes_that_do_not_fit_are_refused(sizes):
 def test_slices_must_divide_the_data_axis():
     with pytest.raises(ValueError, match="3 slices"):
         make_mesh(data=4, fsdp=2, slices=3)
-    assert dict(make_mesh(data=4, fsdp=2, slices=2).shape) == {"data": 4, "fsdp": 2, "model": 1}
+    assert dict(make_mesh(data=4, fsdp=2, slices=2).shape) == {"data": 4, "fsdp": 2, "expert": 1, "model": 1}
 
 
 def test_first_rule_wins_and_axes_that_do_not_divide_are_dropped():
@@ -75,6 +76,13 @@ def test_batches_become_global_arrays():
     placed = shard_batch(batch, mesh)
     assert placed["tokens"].sharding.shard_shape((16, 3)) == (2, 3)
     np.testing.assert_array_equal(placed["tokens"], batch["tokens"])
+
+
+def test_batches_fall_on_experts_too_and_on_meshes_without_that_axis():
+    spread = shard_batch(np.zeros((8, 3)), make_mesh(data=2, expert=2, model=2))
+    assert spread.sharding.shard_shape((8, 3)) == (2, 3)
+    other = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    assert shard_batch(np.zeros((8, 3)), other).sharding.shard_shape((8, 3)) == (2, 3)
 
 
 def test_constrain_is_silent_without_a_mesh_and_inside_shard_map():

@@ -10,7 +10,7 @@ import numpy as np
 from dpo_jax.logprobs import IGNORE
 from dpo_jax.types import Array
 
-__all__ = ["COMPLETIONS", "IGNORE", "Batch", "Example", "LanguageModel", "Prediction"]
+__all__ = ["COMPLETIONS", "IGNORE", "Batch", "Example", "LanguageModel", "Prediction", "Routing"]
 
 # What the completions of an example are, by the form of its row: `policy_chosen_logps` is completion 0 of a pair.
 # The items of a list have no names.
@@ -99,6 +99,23 @@ jax.tree_util.register_dataclass(
 )
 
 
+class Routing(NamedTuple):
+    """How a mixture of experts routed the tokens of a batch, each counted once and padding not at all; float32.
+
+    Attributes:
+      shares: [layers, E], share of the tokens' k choices that fell on each expert; each layer's sum to 1.
+      load_balance: [], E * sum over e of (choices of e per token) * (mean probability of e), both means over layers and
+        tokens: the loss of the Switch Transformer (arXiv 2101.03961, eq. 4) in the form of Mixtral, k if balanced.
+      entropy: [layers], mean of the router's, nats.
+      penalty: [], what the model wants added to its loss: the load-balancing loss times the config's weight of it.
+    """
+
+    shares: Array
+    load_balance: Array
+    entropy: Array
+    penalty: Array
+
+
 class Prediction(NamedTuple):
     """What a language model answers: last hidden states and the head that turns them into logits.
 
@@ -107,12 +124,14 @@ class Prediction(NamedTuple):
       head: [V, D].
       bias: [V] or None.
       softcap: logits become `softcap * tanh(logits / softcap)`, or None.
+      routing: of a mixture of experts, else None.
     """
 
     hidden: Array
     head: Array
     bias: Array | None = None
     softcap: float | None = None
+    routing: Routing | None = None
 
 
 # (tokens, positions, subtree_end), each int32 [R, L] -> Prediction, or plain logits [R, L, V] of a foreign model.

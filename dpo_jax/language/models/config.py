@@ -20,7 +20,8 @@ class DecoderConfig:
       initializer_range: standard deviation of random kernels and embeddings.
       dtype: type of the computation; norms, rotations, softmax and log-probs are float32.
       param_dtype: type of the parameters.
-      remat: what a layer's backward pass computes again: "none", "dots" (all but matrix products), "full".
+      remat: what a layer's backward pass computes again: "none", "dots" (all but matrix products; those of experts
+        too), "full".
       family: whose checkpoints it is read from and written as, such as "llama" or "qwen2".
       qkv_bias: biases in query, key and value, also where the attention has no others.
       head_bias: a bias for each word of the vocabulary.
@@ -40,6 +41,11 @@ class DecoderConfig:
       embedding_scale: embeddings are multiplied by sqrt(D), rounded to the compute dtype.
       query_scalar: scores are divided by the root of it; head_dim by default.
       attention_softcap, logit_softcap: scores and logits become `cap * tanh(x / cap)`.
+      experts: number of experts in the feed-forward part of every layer (E); 0 for a dense one.
+      experts_per_token: how many of them each token uses (k).
+      expert_intermediate_size: F of one expert; `intermediate_size` by default.
+      renormalize_experts: the weights of the chosen experts are made to sum to 1.
+      router_loss: weight of the load-balancing loss, which is added to the loss of every example; 0 leaves it a metric.
     """
 
     vocabulary_size: int
@@ -77,3 +83,8 @@ class DecoderConfig:
     query_scalar: float | None = None
     attention_softcap: float | None = None
     logit_softcap: float | None = None
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_intermediate_size: int | None = None
+    renormalize_experts: bool = True
+    router_loss: float = 0.0

@@ -9,20 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dpo_jax.language.models.config import DecoderConfig
+from dpo_jax.language.models.elements import ACTIVATIONS, normal
+from dpo_jax.language.models.experts import Experts, RouterSums
 from dpo_jax.language.models.rope import rotate
 from dpo_jax.lora import adapt
 from dpo_jax.sharding import BATCH_AXES, MODEL_AXIS, constrain
 from dpo_jax.types import Array
-
-_ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
-}
-
-
-def _normal(key: Array, shape: tuple[int, ...], config: DecoderConfig) -> Array:
-    return (jax.random.normal(key, shape, jnp.float32) * config.initializer_range).astype(config.param_dtype)
 
 
 class Linear(nnx.Module):
@@ -30,7 +22,7 @@ class Linear(nnx.Module):
 
     def __init__(self, size_in: int, size_out: int, *, bias: bool, config: DecoderConfig, rngs: nnx.Rngs):
         self.dtype = jnp.dtype(config.dtype)
-        self.kernel = nnx.Param(_normal(rngs.params(), (size_in, size_out), config))
+        self.kernel = nnx.Param(normal(rngs.params(), (size_in, size_out), config))
         self.bias = nnx.Param(jnp.zeros((size_out,), config.param_dtype)) if bias else None
         self.lora_a = self.lora_b = self.lora_scale = self.lora_magnitude = None
 
@@ -109,13 +101,13 @@ class FeedForward(nnx.Module):
         self.down = linear(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: Array) -> Array:
-        activate = _ACTIVATIONS[self.activation]
+        activate = ACTIVATIONS[self.activation]
         hidden = activate(self.up(x)) if self.gate is None else activate(self.gate(x)) * self.up(x)
         return self.down(constrain(hidden, BATCH_AXES, None, MODEL_AXIS))
 
 
 class Layer(nnx.Module):
-    """Attention and feed-forward, each after a norm and added to the stream."""
+    """Attention and feed-forward (dense, or a mixture of experts), each after a norm and added to the stream."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         norm = partial(Norm, config.hidden_size, config=config)
@@ -124,7 +116,8 @@ class Layer(nnx.Module):
         self.attention = Attention(config, rngs=rngs)
         self.attention_post_norm = norm() if config.post_norms else None
         self.feed_forward_norm = None if config.residual == "parallel_shared" else norm()
-        self.feed_forward = FeedForward(config, rngs=rngs)
+        self.feed_forward = None if config.experts else FeedForward(config, rngs=rngs)
+        self.experts = Experts(config, rngs=rngs) if config.experts else None
         self.feed_forward_post_norm = norm() if config.post_norms else None
 
     def __call__(
@@ -132,12 +125,14 @@ class Layer(nnx.Module):
         x: Array,
         rotations: tuple[Array, Array] | None,
         attend: Callable[[Array, Array, Array], Array],
-    ) -> Array:
-        """[R, L, D] -> [R, L, D].
+        counted: Array | None = None,
+    ) -> tuple[Array, RouterSums | None]:
+        """[R, L, D] -> [R, L, D], and what the router did, if there is one.
 
         Args:
           rotations: cosine and sine, or None where positions are not rotary.
           attend: `attend(query, key, value)` is tree attention, or attention to a cache.
+          counted: bool [R, L], tokens that the router's sums are over; None for no sums.
         """
         normed = self.attention_norm(x)
         seen = attend(*self.attention.project(normed, rotations))
@@ -146,16 +141,22 @@ class Layer(nnx.Module):
         after = x + seen
         if self.feed_forward_norm is not None:
             normed = self.feed_forward_norm(x if self.parallel else after)
-        fed = self.feed_forward(normed)
+        fed, routed = self._fed(normed, counted)
         fed = fed if self.feed_forward_post_norm is None else self.feed_forward_post_norm(fed)
-        return constrain(after + fed, BATCH_AXES, None, None)
+        return constrain(after + fed, BATCH_AXES, None, None), routed
+
+    def _fed(self, x: Array, counted: Array | None) -> tuple[Array, RouterSums | None]:
+        if self.experts is not None:
+            return self.experts(x, counted)
+        assert self.feed_forward is not None
+        return self.feed_forward(x), None
 
 
 class Embedding(nnx.Module):
     """Table [N, D], of the words, of the head or of learned positions."""
 
     def __init__(self, size: int, config: DecoderConfig, *, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(_normal(rngs.params(), (size, config.hidden_size), config))
+        self.embedding = nnx.Param(normal(rngs.params(), (size, config.hidden_size), config))
 
 
 class HeadBias(nnx.Module):

@@ -41,10 +41,10 @@ class TextCondition(NamedTuple):
       mask: bool [B, L], which states may be seen; all by default.
     """
 
-    states: Array
-    pooled: Array | None = None
-    sizes: Array | None = None
-    mask: Array | None = None
+    states: Table
+    pooled: Table | None = None
+    sizes: Table | None = None
+    mask: Table | None = None
 
 
 class Level(NamedTuple):

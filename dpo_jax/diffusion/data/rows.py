@@ -6,8 +6,12 @@ Forms of a row, each a plain mapping with its caption under `caption`, `prompt` 
 - `{"image_0", "image_1"}` or `{"jpg_0", "jpg_1"}` (Pick-a-Pic v2): a pair, and who won: `label_0` is 1 if the first
   image did, 0 if the second, 0.5 for a tie; or `label` is the index of the winner, 0 or 1. Numbers `NAME_0` and
   `NAME_1` become the columns `chosen_NAME` and `rejected_NAME`.
+- `{"image", "rejected_caption"}`: one image with its caption and a wrong one, a pair of the same image twice.
 - `{"image"}` (or `jpg`): one image; its `label`, true or false, says whether it is liked.
 - `{"images": [...]}`: a list, best first; `scores` has a number per image.
+
+The images of a pair may have captions of their own, `chosen_caption` and `rejected_caption`, or `caption_0` and
+`caption_1` in the order of the images.
 
 An image is a path relative to the file's folder (the key may then end in `_file_name`, or be `file_name` for a single
 image), bytes, `{"bytes", "path"}`, a Pillow image or an array uint8 [H, W, 3]. Rows keep where the bytes are; images
@@ -20,7 +24,7 @@ and `7.jpg_0` an image of a pair, `7.caption` or `7.label_0` a value.
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -49,7 +53,7 @@ SINGLE_KEYS = ("image", "jpg")
 BOOKKEEPING = {"has_label", "are_different", "ranking_id", "user_id", "num_example_per_prompt", "__index_level_0__"}
 
 Ties = Literal["drop", "keep"]
-Form = Literal["pairs", "singles", "lists"]
+Form = Literal["pairs", "singles", "lists", "mismatched", "experts", "patches"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class ImageRow:
       columns: name -> number or (nested) list of numbers. Kept ties make a column `tie` of 0 and 1.
       file, number: where the row was read; the number counts lines, rows or samples from 1.
       form: what the images are.
+      captions: of each image, where they differ; () where all have the one caption.
     """
 
     caption: str
@@ -70,6 +75,7 @@ class ImageRow:
     file: str = ""
     number: int = 0
     form: Form = "pairs"
+    captions: tuple[str, ...] = ()
 
 
 class RowsRead(NamedTuple):
@@ -194,7 +200,7 @@ def _check(records: Iterable[tuple[Record, Path]], on_bad_row: OnBadRow, ties: T
 
 def _without_tie(row: ImageRow) -> ImageRow:
     columns = {name: value for name, value in row.columns.items() if name != "tie"}
-    return ImageRow(row.caption, row.images, columns, row.file, row.number, row.form)
+    return replace(row, columns=columns)
 
 
 def _require_same_form(row: ImageRow, first: ImageRow) -> None:
@@ -276,25 +282,50 @@ def parse_row(row: Any, *, file: str = "row", number: int = 1, folder: Path = Pa
         row = {str(key): value for key, value in row.items() if value is not None}  # Parquet fills absent keys
         caption_key = next((key for key in CAPTION_KEYS if key in row), None)
         if caption_key is None:
+            caption_key = next((key for key in ("chosen_caption", "caption_0") if key in row), None)
+        if caption_key is None:
             raise Reason(f"no caption among the keys {sorted(row)}; expected one of {', '.join(CAPTION_KEYS)}")
         require_text(caption_key, row[caption_key])
         form, used, values = _images(row)
         places = tuple(_place(name, value, folder) for name, value in values.items())
-        if any(place in places[:i] for i, place in enumerate(places)):
+        own = _captions(row, form)
+        if form == "singles" and own:
+            form, places = "pairs", places * 2
+        elif any(place in places[:i] for i, place in enumerate(places)):
             raise Reason(f"the images {' and '.join(values)} are not all different")
         numbers = {k: numeric_column(k, v) for k, v in row.items() if k not in (caption_key, *used) and is_numeric(v)}
         numbers = {key: value for key, value in numbers.items() if key not in BOOKKEEPING}
-        if form == "pairs" and "chosen" not in next(iter(values)):
+        if form == "pairs" and "chosen" not in next(iter(values)) and len(values) == 2:
             if row.get("has_label") is False:
                 raise Reason("has_label is false; expected a pair with a label")
+            before = places
             places, columns = _ordered(places, numbers)
+            own = own if places == before or "chosen_caption" in row else own[::-1]
         else:
             columns = _columns(form, numbers, len(places))
     except Reason as reason:
         raise RowError(file, number, str(reason)) from None
     except RecursionError:
         raise RowError(file, number, "its lists are nested too deeply") from None
-    return ImageRow(row[caption_key], places, columns, file, number, form)
+    return ImageRow(row[caption_key], places, columns, file, number, form, own)
+
+
+def _captions(row: Mapping[str, Any], form: Form) -> tuple[str, ...]:
+    """Captions of the images one by one, chosen first or in the order of the row; () if the row has none."""
+    for names in (("chosen_caption", "rejected_caption"), ("caption_0", "caption_1")):
+        given = [name for name in names if name in row]
+        if form == "singles" and given == ["rejected_caption"]:
+            first = next(row[key] for key in CAPTION_KEYS if key in row)
+            require_text("rejected_caption", row["rejected_caption"])
+            return first, row["rejected_caption"]
+        if form != "pairs" or not given:
+            continue
+        if len(given) == 1:
+            raise Reason(f"there is {given[0]} alone; expected {' and '.join(names)}")
+        for name in names:
+            require_text(name, row[name])
+        return tuple(row[name] for name in names)
+    return ()
 
 
 def _images(row: Mapping[str, Any]) -> tuple[Form, tuple[str, ...], dict[str, Any]]:

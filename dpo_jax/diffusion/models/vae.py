@@ -400,8 +400,8 @@ def config_from_dict(config: Mapping[str, Any], place: str = "config.json") -> A
     for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         refuse(config, place, {key: [kind] * len(channels)})
     latent_channels = integer(config, place, "latent_channels", 4)
-    moments = {key: _numbers(config, place, key, latent_channels) for key in ("latents_mean", "latents_std")}
-    if (moments["latents_mean"] is None) != (moments["latents_std"] is None):
+    mean, std = (_numbers(config, place, key, latent_channels) for key in ("latents_mean", "latents_std"))
+    if (mean is None) != (std is None):
         raise WeightsError(f"{place}: latents_mean and latents_std belong together; one of them is missing")
     size = config.get("sample_size")
     sizes = _integers(config, place, "sample_size", [32]) if isinstance(size, list | tuple) else ()
@@ -415,7 +415,8 @@ def config_from_dict(config: Mapping[str, Any], place: str = "config.json") -> A
         sample_size=sizes[0] if sizes else integer(config, place, "sample_size", 32),
         scaling_factor=number(config, place, "scaling_factor", 0.18215),
         shift_factor=optional(partial(number, above=-1e30), config, place, "shift_factor", None),
-        **moments,
+        latents_mean=mean,
+        latents_std=std,
         force_upcast=flag(config, place, "force_upcast", True),
         use_quant_conv=flag(config, place, "use_quant_conv", True),
         use_post_quant_conv=flag(config, place, "use_post_quant_conv", True),

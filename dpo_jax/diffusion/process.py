@@ -55,7 +55,7 @@ def draw_times(process: Process, key: Array, shape: tuple[int, ...]) -> Array:
     if process.schedule is None:
         share = (density or logit_normal_density)(key, shape)
         index = jnp.minimum(jnp.floor(share * FLOW_TIME), FLOW_TIME - 1)
-        return FLOW_TIME * shift_sigmas(1 - index / FLOW_TIME, process.shift)
+        return FLOW_TIME * shift_sigmas((index + 1) / FLOW_TIME, process.shift)
     count = process.schedule.timesteps
     times = jnp.minimum(jnp.floor((density or uniform_density)(key, shape) * count), count - 1)
     return times if process.timestep_map is None else process.timestep_map(times)

@@ -36,7 +36,7 @@ def test_timesteps_are_whole_and_uniform():
 
 
 def test_levels_of_straight_paths_are_the_published_table():
-    """A scheduler of a thousand timesteps shifts 1, 0.999, ..., 0.001 once and calls the model at a thousand times it."""
+    """A scheduler of a thousand timesteps shifts 1, 0.999, ..., 0.001 once; the model is told a thousand times that."""
     sigmas = np.arange(1000, 0, -1) / 1000
     table = 1000 * 3 * sigmas / (1 + 2 * sigmas)
     times = np.asarray(draw_times(Process(predicts_flow, shift=3.0, density=uniform_density), KEY, (COUNT,)))

@@ -11,7 +11,7 @@ from dpo_jax.diffusion.errors import STATISTICS, Inputs, measure, noised_inputs
 from dpo_jax.diffusion.process import Process, draw_times, level_of
 from dpo_jax.diffusion.schedule import offset_noise as with_offset
 from dpo_jax.diffusion.schedule import snr
-from dpo_jax.diffusion.types import IMAGES, DiffusionBatch, Predict
+from dpo_jax.diffusion.types import IMAGES, DiffusionBatch, Predict, TrajectoryBatch
 from dpo_jax.signatures import read_needs
 from dpo_jax.types import Array, LossOutput, PyTree
 
@@ -25,13 +25,14 @@ _OF_THE_INPUTS = re.compile(rf"{_SIDE}(target)")
 _OF_BOTH_MODELS = re.compile(rf"{_SIDE}(step_gap)")
 _OF_THE_LEVEL = ("timesteps", "alphas_cumprod", "sigmas", "log_snr")
 _OF_THE_STEPS = ("step_stds",)
+_OF_THE_BATCH = ("weight", "valid")
 
 
 class Origin(NamedTuple):
     """Where an array argument comes from.
 
     Attributes:
-      maker: "policy", "reference", "both", "inputs", "level", "steps" or "column".
+      maker: "policy", "reference", "both", "inputs", "level", "steps", "batch" or "column".
       statistic: `error`, `frame_error`, `pred`, `step_logps`, `target`, ...; the argument's own name for a column.
       side: name of one image ("chosen", "rejected", ...), or None for all of them.
     """
@@ -51,15 +52,24 @@ def origin(name: str) -> Origin:
         return Origin("inputs", match[2], match[1])
     if name in _OF_THE_LEVEL:
         return Origin("level", name, None)
+    if name in _OF_THE_BATCH:
+        return Origin("batch", name, None)
     return Origin("steps" if name in _OF_THE_STEPS else "column", name, None)
 
 
 def form_of(loss: Loss) -> str:
-    """The form of row that a loss reads (a key of `IMAGES`): that of the images that its arguments name."""
+    """The form of row that a loss reads (a key of `IMAGES`): that of the images that its arguments name.
+
+    Raises:
+      TypeError: no form has all of them.
+    """
     named = {side for name in read_needs(loss).arrays for side in [origin(name).side] if side}
     if not named:
         return "lists"
-    return next(form for form, names in IMAGES.items() if named <= set(names))
+    forms = [form for form, names in IMAGES.items() if named <= set(names)]
+    if not forms:
+        raise TypeError(f"no form of rows has the images {sorted(named)}; the forms are {dict(IMAGES)}")
+    return forms[0]
 
 
 def reads_trajectories(loss: Loss) -> bool:
@@ -94,7 +104,9 @@ def from_loss(
 
     Args:
       loss: keyword-only function. `policy_chosen_error` and the like are float32 [B], without a side `policy_error`
-        [B, K]; `timesteps`, `alphas_cumprod`, `sigmas` and `log_snr` are the row's, [B]; other names are columns.
+        [B, K]; `timesteps`, `alphas_cumprod`, `sigmas` and `log_snr` are the row's, [B]; `weight` [B] is the batch's, 0
+        for empty places, which statistics of the batch leave out; `valid` [B, K], 0 at the images that a list has not,
+        is 1 unless a column gives it; other names are columns.
       process: what the models were trained to undo.
       inputs: what the models are asked, `errors.noised_inputs` unless a paper has its own. By name it gets `clean` and
         `noise` (`own_noise`: drawn for each image) [N, ...], `times` [N], `condition`, `process`, the models `policy`
@@ -131,6 +143,7 @@ def from_loss(
         made = inputs(**{name: given[name] for name in asks.arrays}, **special, **of_inputs)
         rows = batch.weight.shape[0]
         values = _computed(set(origins.values()), policy, reference, made, process, rows)
+        values |= of_batch(batch)
         arrays = {
             name: columns[name] if name in columns else side_of(values, origins[name], form) for name in needs.arrays
         }
@@ -145,7 +158,7 @@ def _given(batch: DiffusionBatch, process: Process, key: Array, offset: float) -
     """What the inputs are made of, [N, ...]; the same timestep, and the same `noise`, for the images of a row."""
     rows, images = batch.latents.shape[:2]
     shape = batch.latents.shape
-    times_key, noise_key, spread_key, offset_key = jax.random.split(key, 4)
+    times_key, spread_key, *noise_keys = jax.random.split(key, 4)
 
     def merged(array: Array) -> Array:
         array = jnp.broadcast_to(array, (rows, images, *array.shape[2:]))
@@ -154,16 +167,16 @@ def _given(batch: DiffusionBatch, process: Process, key: Array, offset: float) -
     clean = jnp.asarray(batch.latents, jnp.float32)
     if batch.spread is not None:
         clean = clean + batch.spread * jax.random.normal(spread_key, shape)
-    drawn = {
-        "noise": jax.random.normal(noise_key, (rows, 1, *shape[2:])),
-        "own_noise": jax.random.normal(noise_key, shape),
-    }
-    if offset:
-        for name, array in drawn.items():
-            flat = array.reshape(-1, *shape[2:])
-            drawn[name] = with_offset(offset_key, flat, strength=offset).reshape(array.shape)
+
+    def gaussian(key: Array, images: int) -> Array:
+        key, offset_key = jax.random.split(key)
+        flat = jax.random.normal(key, (rows * images, *shape[2:]))
+        flat = with_offset(offset_key, flat, strength=offset) if offset else flat
+        return merged(flat.reshape(rows, images, *shape[2:]))
+
     return {
-        **{name: merged(array) for name, array in drawn.items()},
+        "noise": gaussian(noise_keys[0], 1),
+        "own_noise": gaussian(noise_keys[1], images),
         "clean": merged(clean),
         "times": merged(draw_times(process, times_key, (rows, 1))),
         "condition": jax.tree.map(merged, batch.condition),
@@ -185,6 +198,8 @@ def _computed(
     def split(array: Array) -> Array:
         return array.reshape(rows, -1, *array.shape[1:])
 
+    if inputs.weights is not None and (no := sorted(o.statistic for o in origins if o.maker in ("inputs", "level"))):
+        raise TypeError(f"images that are asked about along a trajectory have no {no} of their own")
     values: dict[tuple[str, str], Array] = {}
     for maker, model in (("policy", policy), ("reference", reference)):
         names = sorted({source.statistic for source in origins if source.maker == maker})
@@ -203,6 +218,12 @@ def _computed(
         values["level", "sigmas"] = jnp.asarray(level.sigma)
         values["level", "log_snr"] = jnp.log(jnp.maximum(snr(level), 1e-30))
     return values
+
+
+def of_batch(batch: DiffusionBatch | TrajectoryBatch) -> dict[tuple[str, str], Array]:
+    """What the batch says of its places: float32 `weight` [B] of the rows, `valid` [B, K] of their images."""
+    weight = jnp.asarray(batch.weight, jnp.float32)
+    return {("batch", "weight"): weight, ("batch", "valid"): jnp.ones(batch.latents.shape[:2], jnp.float32)}
 
 
 def side_of(values: dict[tuple[str, str], Array], source: Origin, form: str) -> Array:

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.diffusion.objectives import Loss, form_of, origin, side_of
+from dpo_jax.diffusion.objectives import Loss, form_of, of_batch, origin, side_of
 from dpo_jax.diffusion.process import Process
 from dpo_jax.diffusion.sampler import guided, logps_of_means, trajectory_means
 from dpo_jax.diffusion.types import Predict, TrajectoryBatch
@@ -43,7 +43,7 @@ def from_step_loss(loss: Loss, process: Process, *, guidance: float = 1.0, **hyp
         makers = {source.maker for source in origins.values()}
         if reference is None and makers & {"reference", "both"}:
             raise TypeError(f"{loss.__name__} needs a reference: give the state one")
-        values = _step_values(makers, policy, reference, batch, process, guidance)
+        values = _step_values(makers, policy, reference, batch, process, guidance) | of_batch(batch)
         arrays = {
             name: columns[name] if name in columns else side_of(values, origins[name], form) for name in needs.arrays
         }

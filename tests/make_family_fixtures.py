@@ -29,6 +29,7 @@ SIZES = {
 }
 FEWER = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
 BASE = {"rope_type": "default", "rope_theta": 500.0}
+EXPERTS = {"num_experts_per_tok": 2, "hidden_size": 12}
 GEMMA3 = {"num_hidden_layers": 3, "intermediate_size": 8, "query_pre_attn_scalar": 12, **FEWER}
 # Name -> class of the config, and its keys; windows are shorter than the rows, so that they matter.
 VARIANTS: dict[str, tuple[str, dict]] = {
@@ -111,7 +112,35 @@ VARIANTS: dict[str, tuple[str, dict]] = {
             "tie_word_embeddings": False,
         },
     ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {**SIZES, **FEWER, **EXPERTS, "num_experts": 4, "moe_intermediate_size": 4, "rope_parameters": BASE},
+    ),
+    "qwen3_moe_renormalized": (
+        "Qwen3MoeConfig",
+        {
+            **SIZES,
+            **FEWER,
+            **EXPERTS,
+            "num_experts": 3,
+            "moe_intermediate_size": 4,
+            "norm_topk_prob": True,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+        },
+    ),
+    "mixtral": (
+        "MixtralConfig",
+        {**SIZES, **FEWER, **EXPERTS, "num_local_experts": 3, "intermediate_size": 8, "rope_parameters": BASE},
+    ),
 }
+# Weights of a variant follow from its place in the sorted names; what came later stands behind all others.
+LATER = ("qwen3_moe", "qwen3_moe_renormalized", "mixtral")
+
+
+def seed_of(variant: str) -> int:
+    return (sorted(VARIANTS.keys() - set(LATER)) + list(LATER)).index(variant)
 
 
 def filled(model, seed: int):
@@ -136,7 +165,7 @@ def write_checkpoint(folder: Path, variant: str, *, reward: bool = False) -> Pat
     auto = transformers.AutoModelForSequenceClassification if reward else transformers.AutoModelForCausalLM
     config = getattr(transformers, name)(**keys, **({"num_labels": 1} if reward else {}))
     torch.manual_seed(0)
-    model = filled(auto.from_config(config, dtype=torch.float32), sorted(VARIANTS).index(variant))
+    model = filled(auto.from_config(config, dtype=torch.float32), seed_of(variant))
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     return folder
@@ -155,8 +184,30 @@ def inputs() -> dict[str, np.ndarray]:
 def numbers(folder: Path) -> dict[str, np.ndarray]:
     """As torch gives them; gradients by the names of the file, where transformers has another for a head."""
     with safe_open(folder / "model.safetensors", framework="numpy") as file:
-        head = "embed_out" if "embed_out.weight" in file.keys() else "lm_head"  # noqa: SIM118
-    return {name.replace(":lm_head.", f":{head}."): value for name, value in torch_numbers(folder, inputs()).items()}
+        names = set(file.keys())
+    head = "embed_out" if "embed_out.weight" in names else "lm_head"
+    mixtral = any("block_sparse_moe" in name for name in names)
+    values: dict[str, np.ndarray] = {}
+    for name, value in torch_numbers(folder, inputs()).items():
+        values |= apart(name.replace(":lm_head.", f":{head}."), value, mixtral=mixtral)
+    return values
+
+
+def apart(name: str, value, *, mixtral: bool) -> dict:
+    """A tensor of transformers' module by the names of the file, which has one for each expert.
+
+    Args:
+      value: array or tensor, [E, 2 F, D] of gate and up, or [E, D, F].
+    """
+    if ".mlp.gate." in name:
+        return {name.replace(".mlp.", ".block_sparse_moe.") if mixtral else name: value}
+    if ".experts." not in name:
+        return {name: value}
+    block, _, part = name.rpartition(".")
+    block = block.replace(".mlp.", ".block_sparse_moe.") if mixtral else block
+    inner, ends = value.shape[1] // 2, ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    pieces = {ends[2]: value} if part == "down_proj" else {ends[0]: value[:, :inner], ends[1]: value[:, inner:]}
+    return {f"{block}.{e}.{end}.weight": piece[e] for end, piece in pieces.items() for e in range(value.shape[0])}
 
 
 def main() -> None:

@@ -3,12 +3,16 @@
     python tests/make_published_shapes.py
 
 The keys are those of the checkpoint's config.json that say what it is; the tensors are those of transformers' own
-module of that size, built without memory. Layers are one pattern, such as `model.layers.{0..27}.mlp.up_proj.weight`.
+module of that size, built without memory, which keeps experts in one tensor and the file each by itself. Layers are one
+pattern, such as `model.layers.{0..27}.mlp.up_proj.weight`, and so are the experts in them.
 """
 
 import json
 import re
+from itertools import product
 from pathlib import Path
+
+from make_family_fixtures import apart
 
 FILE = Path(__file__).parent / "fixtures" / "published.json"
 
@@ -114,6 +118,38 @@ PUBLISHED: dict[str, dict] = {
         use_parallel_residual=True,
         tie_word_embeddings=False,
     ),
+    "Qwen/Qwen3-30B-A3B": llama_like(
+        "Qwen3MoeForCausalLM",
+        "qwen3_moe",
+        (151936, 2048, 6144, 48, 32, 4),
+        head_dim=128,
+        attention_bias=False,
+        decoder_sparse_step=1,
+        max_window_layers=48,
+        mlp_only_layers=[],
+        moe_intermediate_size=768,
+        norm_topk_prob=True,
+        num_experts=128,
+        num_experts_per_tok=8,
+        rope_scaling=None,
+        rope_theta=1000000.0,
+        router_aux_loss_coef=0.001,
+        sliding_window=None,
+        use_sliding_window=False,
+        tie_word_embeddings=False,
+    ),
+    "mistralai/Mixtral-8x7B-v0.1": llama_like(
+        "MixtralForCausalLM",
+        "mixtral",
+        (32000, 4096, 14336, 32, 32, 8),
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        rms_norm_eps=1e-5,
+        rope_theta=1000000.0,
+        router_aux_loss_coef=0.02,
+        sliding_window=None,
+        tie_word_embeddings=False,
+    ),
     "openai-community/gpt2": {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -128,6 +164,7 @@ PUBLISHED: dict[str, dict] = {
     },
 }
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_RANGE = re.compile(r"\{0\.\.(\d+)\}")
 
 
 def shapes_of(config: dict) -> dict[str, list[int]]:
@@ -140,31 +177,38 @@ def shapes_of(config: dict) -> dict[str, list[int]]:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **keys))
     # The file of a GPT-NeoX calls its head otherwise than the module does.
     head = "embed_out." if config["model_type"] == "gpt_neox" else "lm_head."
-    return {re.sub(r"^lm_head\.", head, name): list(p.shape) for name, p in model.named_parameters()}
+    shapes: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        tensors = apart(re.sub(r"^lm_head\.", head, name), parameter, mixtral=config["model_type"] == "mixtral")
+        shapes |= {name: list(tensor.shape) for name, tensor in tensors.items()}
+    return shapes
 
 
 def packed(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
     """Names that differ in the number of their layer as one, if all have one shape."""
-    numbers: dict[str, set[int]] = {}
+    numbers: dict[str, set[tuple[int, ...]]] = {}
     patterns: dict[str, list[int]] = {}
     for name, shape in shapes.items():
         pattern = _NUMBER.sub("{}", name)
-        numbers.setdefault(pattern, set()).update(int(found) for found in _NUMBER.findall(name))
+        numbers.setdefault(pattern, set()).add(tuple(int(found) for found in _NUMBER.findall(name)))
         if patterns.setdefault(pattern, shape) != shape:
             raise ValueError(f"{pattern} has shapes {patterns[pattern]} and {shape}")
-    for pattern, layers in numbers.items():
-        if layers and layers != set(range(len(layers))):
-            raise ValueError(f"{pattern} is there for layers {sorted(layers)} only")
-    return {p.replace("{}", f"{{0..{len(numbers[p]) - 1}}}"): shape for p, shape in patterns.items()}
+    whole = {}
+    for pattern, shape in patterns.items():
+        last = [max(values) for values in zip(*numbers[pattern])]
+        if numbers[pattern] != set(product(*(range(n + 1) for n in last))):
+            raise ValueError(f"{pattern} is there for {sorted(numbers[pattern])} only")
+        whole[pattern.format(*(f"{{0..{n}}}" for n in last))] = shape
+    return whole
 
 
 def unpacked(patterns: dict[str, list[int]]) -> dict[str, tuple[int, ...]]:
     """Every tensor's name and shape."""
     shapes: dict[str, tuple[int, ...]] = {}
     for pattern, shape in patterns.items():
-        found = re.search(r"\{0\.\.(\d+)\}", pattern)
-        names = [pattern.replace(found[0], str(i)) for i in range(int(found[1]) + 1)] if found else [pattern]
-        shapes |= dict.fromkeys(names, tuple(shape))
+        ranges = [range(int(last) + 1) for last in _RANGE.findall(pattern)]
+        whole = _RANGE.sub("{}", pattern)
+        shapes |= dict.fromkeys((whole.format(*numbers) for numbers in product(*ranges)), tuple(shape))
     return shapes
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from dpo_jax import weights
 from dpo_jax.keys import WeightsError, read_object
 from dpo_jax.language.models.config import DecoderConfig
-from dpo_jax.language.models.families import gemma, gpt2, llama, mistral, neox, phi, qwen
+from dpo_jax.language.models.families import gemma, gpt2, llama, mistral, mixtral, neox, phi, qwen, qwen_moe
 from dpo_jax.language.models.families.keys import Architecture
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 # Each has ARCHITECTURES, PREFIX, config_from_hf, config_to_hf and table.
-FAMILIES = (llama, qwen, mistral, gemma, phi, neox, gpt2)
+FAMILIES = (llama, qwen, mistral, gemma, phi, neox, gpt2, qwen_moe, mixtral)
 ARCHITECTURES: Mapping[str, Architecture] = {
     name: architecture for module in FAMILIES for name, architecture in module.ARCHITECTURES.items()
 }

@@ -61,19 +61,29 @@ def weight_table(config: DecoderConfig) -> Table:
     return family_of(config.family).table(config)
 
 
-def _tensor_names(path: str, place: Place, config: DecoderConfig) -> list[str]:
-    """Names in the checkpoint of a variable: one for each layer if it is stacked."""
-    return [place.name.format(layer=i) for i in range(config.layers)] if path.startswith("layers/") else [place.name]
+def _stacked(path: str, place: Place, config: DecoderConfig) -> tuple[int, ...]:
+    """The leading axes of a variable that are one tensor each in the checkpoint: layers, and experts in them."""
+    if not path.startswith("layers/"):
+        return ()
+    return (config.layers, config.experts) if "{expert}" in place.name else (config.layers,)
+
+
+def _tensor_names(path: str, place: Place, config: DecoderConfig) -> dict[tuple[int, ...], str]:
+    """Names in the checkpoint of a variable, by where the tensor stands in its leading axes."""
+    places = np.ndindex(*_stacked(path, place, config))
+    return {index: place.name.format(**dict(zip(("layer", "expert"), index))) for index in places}
 
 
 def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all tensors of a checkpoint."""
     table, wanted = weight_table(config), {}
     for path, leaf in named_leaves(abstract_variables(config)).items():
-        place, shape = table[path], tuple(leaf.shape[1:] if path.startswith("layers/") else leaf.shape)
+        place = table[path]
+        shape = tuple(leaf.shape[len(_stacked(path, place, config)) :])
         if place.part is not None:
             shape = (*shape[:-1], place.part.whole * place.part.groups)
-        wanted |= dict.fromkeys(_tensor_names(path, place, config), shape[::-1] if place.transposed else shape)
+        names = _tensor_names(path, place, config).values()
+        wanted |= dict.fromkeys(names, shape[::-1] if place.transposed else shape)
     return wanted
 
 
@@ -136,19 +146,18 @@ def load_hf(
         def read(path: str, leaf: jax.ShapeDtypeStruct) -> Array:
             sharding = NamedSharding(mesh, spec_for(path, leaf.shape, rules, mesh))
             place = table[path]
-            names = _tensor_names(path, place, config)
+            names, lead = list(_tensor_names(path, place, config).values()), _stacked(path, place, config)
             if names[0] not in tensors:
                 new = jax.jit(lambda: init_variables(config, jax.random.key(0))["score"]["weight"])
                 return jax.device_put(new(), sharding)
-            stacked = path.startswith("layers/")
-            turned = range(len(leaf.shape) - stacked)[::-1] if place.transposed else None
+            turned = range(len(leaf.shape) - len(lead))[::-1] if place.transposed else None
             how = {
                 "axes": turned and tuple(turned),
                 "columns": None if place.part is None else place.part.places,
             }
-            if stacked:
+            if lead:
                 found = [tensors[name] for name in names]
-                return read_stack(found, (len(found),), leaf.shape, leaf.dtype, sharding, **how)
+                return read_stack(found, lead, leaf.shape, leaf.dtype, sharding, **how)
             return read_tensor(tensors[names[0]], leaf.shape, leaf.dtype, sharding, **how)
 
         return config, map_named(read, abstract)
@@ -195,8 +204,8 @@ def checkpoint_tensors(config: DecoderConfig, variables: PyTree, dtype: Any = No
         together.setdefault(table[path].name, {})[path] = leaf
     for leaves in together.values():
         first = next(iter(leaves))
-        for number, name in enumerate(_tensor_names(first, table[first], config)):
-            parts = {path: on_host(x[number] if path.startswith("layers/") else x) for path, x in leaves.items()}
+        for index, name in _tensor_names(first, table[first], config).items():
+            parts = {path: on_host(x[index] if index else x) for path, x in leaves.items()}
             values = _fused({table[path]: part for path, part in parts.items()})
             values = values.T if table[first].transposed else values
             yield name, np.ascontiguousarray(values.astype(dtype or values.dtype))

@@ -27,7 +27,7 @@ class Place(NamedTuple):
     """Where a variable stands in a checkpoint.
 
     Attributes:
-      name: of the tensor; `{layer}` stands for the number of the layer.
+      name: of the tensor; `{layer}` stands for the number of the layer, `{expert}` for that of the expert in it.
       transposed: torch keeps linear weights as [out, in], kernels here are [in, out].
       part: if the tensor holds other variables too.
     """
@@ -64,6 +64,13 @@ def side_by_side(sizes: Mapping[str, int]) -> dict[str, Part]:
         parts[name] = Part(start, size, whole)
         start += size
     return parts
+
+
+def experts(router: str, *, gate: str, up: str, down: str) -> dict[str, Place]:
+    """The router's and the experts' kernels, by the checkpoint's full names."""
+    stacks = {"gate": gate, "up": up, "down": down}
+    places = {f"layers/experts/{ours}/kernels": Place(f"{name}.weight", True) for ours, name in stacks.items()}
+    return {"layers/experts/router/weight": Place(f"{router}.weight", True), **places}
 
 
 def norms(names: Mapping[str, str]) -> dict[str, Place]:

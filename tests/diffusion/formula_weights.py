@@ -1,14 +1,15 @@
 """Numbers that look random and come from a formula, so that fixtures need not hold them; lists of published names."""
 
 import gzip
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from zlib import crc32
 
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.tree import map_named
+from dpo_jax.diffusion.models.table import tensor_names
+from dpo_jax.tree import map_named, named_leaves
 from dpo_jax.types import PyTree
 
 
@@ -26,13 +27,13 @@ def tensor(name: str, shape: tuple[int, ...], scale: float = 0.5) -> np.ndarray:
     return (noise * scale * 2 / np.sqrt(max(1, np.prod(shape[1:])))).astype(np.float32)
 
 
-def fill(module) -> None:
-    """Write the formula's numbers into a torch module."""
+def fill(module, file_name: Callable[[str], str] = lambda name: name) -> None:
+    """Write the formula's numbers into a torch module, by the names that its parameters have in a file."""
     import torch
 
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            parameter.copy_(torch.tensor(tensor(name, tuple(parameter.shape))))
+            parameter.copy_(torch.tensor(tensor(file_name(name), tuple(parameter.shape))))
 
 
 def read(abstract: PyTree, table: Mapping, tensors: Mapping[str, np.ndarray]) -> PyTree:
@@ -40,12 +41,22 @@ def read(abstract: PyTree, table: Mapping, tensors: Mapping[str, np.ndarray]) ->
 
     def one(path: str, leaf):
         place = table[path]
-        values = np.asarray(tensors[place.name])
-        axes = range(values.ndim) if place.axes is None else place.axes
-        values = np.transpose(values, tuple(axes)).reshape(leaf.shape)
-        return jnp.asarray(values, leaf.dtype)
+        values = [np.asarray(tensors[name]) for name in tensor_names(place)]
+        if place.axes is not None:
+            values = [np.transpose(value, place.axes) for value in values]
+        return jnp.asarray(np.stack(values) if place.layers is not None else values[0], leaf.dtype)
 
     return map_named(one, abstract)
+
+
+def by_tensor(tree: PyTree, table: Mapping) -> np.ndarray:
+    """All numbers of a tree like the variables, such as gradients, by the names of the checkpoint's tensors."""
+    found = {}
+    for path, leaf in named_leaves(tree).items():
+        place, leaf = table[path], np.asarray(leaf)
+        for name, value in zip(tensor_names(place), leaf if place.layers is not None else [leaf]):
+            found[name] = (value if place.axes is None else np.transpose(value, np.argsort(place.axes))).ravel()
+    return np.concatenate([found[name] for name in sorted(found)])
 
 
 def write_published(file: Path, models: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:

@@ -7,25 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from formula_weights import chirp, read, read_published, tensor
+from formula_weights import by_tensor, chirp, read, read_published, tensor
 from make_vae_fixtures import FOLDER, PUBLISHED, TILED, VARIANTS, blocks, inputs, published, torch_numbers
 
 from dpo_jax.diffusion.models import vae
 from dpo_jax.diffusion.models.layers import Types
-from dpo_jax.diffusion.models.table import tensor_shape
+from dpo_jax.diffusion.models.table import tensor_shapes
 from dpo_jax.keys import WeightsError
-from dpo_jax.tree import named_leaves
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 EXPECTED = np.load(FOLDER / "expected.npz")
 
 
 def shapes(config):
-    table = vae.weight_table(config)
-    return {
-        table[path].name: tensor_shape(table[path], leaf)
-        for path, leaf in named_leaves(vae.abstract_variables(config)).items()
-    }
+    return tensor_shapes(vae.weight_table(config), vae.abstract_variables(config))
 
 
 def model(keys):
@@ -59,11 +54,7 @@ def ours(keys, given, *, gradients=True):
     if not gradients:
         return dict(jax.jit(objective)(variables)[1])
     slopes, found = jax.jit(jax.grad(objective, has_aux=True))(variables)
-    table, by_name = vae.weight_table(config), {}
-    for path, leaf in named_leaves(slopes).items():
-        axes = table[path].axes
-        by_name[table[path].name] = np.asarray(leaf if axes is None else np.transpose(leaf, np.argsort(axes))).ravel()
-    found["gradients"] = np.concatenate([by_name[name] for name in sorted(by_name)])
+    found["gradients"] = by_tensor(slopes, vae.weight_table(config))
     return found
 
 

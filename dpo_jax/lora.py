@@ -219,6 +219,10 @@ def _kernel(base: PyTree, path: str) -> Array:
         base = base.get(part, {})
     if "kernel" not in base:
         raise ValueError(f"{path}: the base has no kernel there; these adapters belong to another model")
+    if isinstance(base["kernel"], Mapping):
+        raise ValueError(
+            f"{path}: the kernel is in few bits, and a merge would round it again; merge into the base that was read"
+        )
     return base["kernel"]
 
 

@@ -18,10 +18,12 @@ from dpo_jax.attention import attention, decode_attention
 from dpo_jax.functional import functional, set_adapters
 from dpo_jax.language.models.config import DecoderConfig
 from dpo_jax.language.models.experts import RouterSums
+from dpo_jax.language.models.kernels import set_small_kernels
 from dpo_jax.language.models.layers import Embedding, HeadBias, Layer, Norm, RewardHead
 from dpo_jax.language.models.rope import RopeConfig, rotations
 from dpo_jax.language.types import Prediction, Routing
 from dpo_jax.lora import adapter_rules
+from dpo_jax.quantize import Kind, quantized_rules
 from dpo_jax.sharding import BATCH_AXES, MODEL_AXIS, P, constrain
 from dpo_jax.types import Array, PyTree
 
@@ -49,7 +51,7 @@ RULES = (
     (r"embedding$", P("model", "fsdp")),
     (r"head_bias/bias$", P("model")),
 )
-RULES += adapter_rules(RULES)
+RULES += (*adapter_rules(RULES), *quantized_rules(RULES))
 
 _REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -244,17 +246,20 @@ def empty_cache(config: DecoderConfig, rows: int, columns: int) -> Cache:
     return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype), positions)
 
 
-def decoder_function(config: DecoderConfig, adapters: PyTree = None) -> Callable:
+def decoder_function(config: DecoderConfig, adapters: PyTree = None, *, kernels: Kind | None = None) -> Callable:
     """`apply_fn(variables, tokens, positions, subtree_end)` of a config, without making any weights.
 
     Args:
       adapters: of the variables that the function will get (`dpo_jax.lora`), arrays or their shapes; None for the base.
+      kernels: of the variables that the function will get: in few bits (`dpo_jax.quantize`), or None as they are.
 
     Raises:
       ValueError: an adapter of what is no linear layer.
     """
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     set_adapters(model, adapters)
+    if kernels is not None:
+        set_small_kernels(model, kernels)
     return functional(model)[0]
 
 

@@ -11,30 +11,32 @@ from flax import nnx
 from dpo_jax.language.models.config import DecoderConfig
 from dpo_jax.language.models.elements import ACTIVATIONS, normal
 from dpo_jax.language.models.experts import Experts, RouterSums
+from dpo_jax.language.models.kernels import SmallKernel, linear_product
 from dpo_jax.language.models.rope import rotate
-from dpo_jax.lora import adapt
 from dpo_jax.sharding import BATCH_AXES, MODEL_AXIS, constrain
 from dpo_jax.types import Array
 
 
 class Linear(nnx.Module):
-    """x @ kernel (+ bias), kernel [in, out]; with an adapter (`dpo_jax.lora`) where a model is given its leaves."""
+    """x @ kernel (+ bias), kernel [in, out]; with an adapter (`dpo_jax.lora`) where a model is given its leaves.
+
+    A frozen kernel may be in few bits (`kernels.SmallKernel`).
+    """
 
     def __init__(self, size_in: int, size_out: int, *, bias: bool, config: DecoderConfig, rngs: nnx.Rngs):
         self.dtype = jnp.dtype(config.dtype)
-        self.kernel = nnx.Param(normal(rngs.params(), (size_in, size_out), config))
+        self.kernel: nnx.Param | SmallKernel = nnx.Param(normal(rngs.params(), (size_in, size_out), config))
         self.bias = nnx.Param(jnp.zeros((size_out,), config.param_dtype)) if bias else None
         self.lora_a = self.lora_b = self.lora_scale = self.lora_magnitude = None
 
     def __call__(self, x: Array) -> Array:
         # As one matrix: on CPU the gradient of a batched product inside a scan takes twice as long.
-        rows, kernel = x.reshape(-1, x.shape[-1]), self.kernel[...]
-        y = rows @ kernel.astype(self.dtype)
+        rows, adapter = x.reshape(-1, x.shape[-1]), None
         if self.lora_a is not None and self.lora_b is not None and self.lora_scale is not None:
             magnitude = None if self.lora_magnitude is None else self.lora_magnitude[...]
             a, b, scale = self.lora_a[...], self.lora_b[...], self.lora_scale[...]
-            y = adapt(y, rows, kernel, a=a, b=b, scale=scale, magnitude=magnitude)
-        y = y.reshape(*x.shape[:-1], -1)
+            adapter = {"a": a, "b": b, "scale": scale, "magnitude": magnitude}
+        y = linear_product(rows, self.kernel, adapter, self.dtype).reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from dpo_jax.cli.catalogue import Method, Paper, methods, papers
 from dpo_jax.cli.console import OutputConfig, result
 from dpo_jax.report import table
-from dpo_jax.signatures import read_needs
 
 HEADERS = ("method", "what it is", "arXiv", "data it needs", "reference", "options")
 PAPER_HEADERS = ("slug", "paper", "losses or functions", "data it needs", "reference", "experiment", "measured claim")
@@ -24,7 +23,7 @@ class MethodsConfig:
 def row(method: Method) -> tuple[str, ...]:
     """One loss."""
     summary = re.sub(r"\s*\([^()]*(arXiv|note)[^()]*\)", "", method.summary)
-    options = ", ".join(f"{name} {value}" for name, value in read_needs(method.loss).hyper.items())
+    options = ", ".join(f"{name} {value}" for name, value in method.hyper.items())
     return method.slug, summary, method.sources, method.data, "yes" if method.reference else "no", options or "-"
 
 

@@ -7,7 +7,7 @@ read lazily, each device's part by itself; several that differ in a number (of a
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -183,12 +183,20 @@ def read_stack(
       how: of `read_tensor`.
     """
     spec = PartitionSpec(*sharding.spec[len(lead) :])
-    filled = jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
-    put = jax.jit(lambda all, new, place: all.at[place].set(new), donate_argnums=0, out_shardings=sharding)
+    empty, put = _stacking(shape, dtype, sharding)
+    filled = empty()
     for number, tensor in enumerate(tensors):
         one = read_tensor(tensor, shape[len(lead) :], dtype, NamedSharding(sharding.mesh, spec), **how)
         filled = put(filled, one, tuple(np.unravel_index(number, lead)))
     return filled
+
+
+@lru_cache(maxsize=512)
+def _stacking(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> tuple[Callable, Callable]:
+    """An empty stack, and the stack with one tensor more; the same functions for equal arguments, compiled once."""
+    empty = jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)
+    put = jax.jit(lambda all, new, place: all.at[place].set(new), donate_argnums=0, out_shardings=sharding)
+    return empty, put
 
 
 def on_host(array: Array) -> np.ndarray:
@@ -204,7 +212,7 @@ def write_tensors(
     *,
     stem: str = "model",
     max_shard_bytes: int = 5_000_000_000,
-    beside: Callable[[], None] = lambda: None,
+    beside: Callable[[], object] = lambda: None,
 ) -> None:
     """Write a checkpoint; process 0 writes, the others help to gather.
 

@@ -185,6 +185,7 @@ def _check_adapters(config: Any) -> None:
         if given := given + (["--lora-rank"] if chosen.lora_rank else []):
             raise UsageError(f"{', '.join(given)} has no effect with --adapter: its folder says it")
     elif not chosen.lora_rank:
+        given += ["--base-quantization"] if chosen.base_quantization != "none" else []
         if given:
             raise UsageError(f"{', '.join(given)} has no effect without --lora-rank")
         return

@@ -56,6 +56,9 @@ class AdapterConfig:
     """Learn each output's norm apart from its direction (arXiv 2402.09353)."""
     adapter: str | None = None
     """Folder of an adapter in PEFT's format to go on from; rank, scale and targets are those of the folder."""
+    base_quantization: Literal["none", "int8", "nf4"] = "none"
+    """Keep the frozen kernels in 8 or 4.5 bits an entry (QLoRA, arXiv 2305.14314); adapters are merged into the
+    kernels as they were read."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from dpo_jax.tree import named_leaves
 LORA = ("--lora-rank", 2, "--held-out", 4.0)
 KINDS = {
     "lora": ("--mesh-fsdp", 2, "--mesh-model", 2),
+    "small": ("--base-quantization", "nf4", "--mesh-fsdp", 2),
     "dora": ("--dora", "--rslora", "--lora-alpha", 3.0, "--lora-targets", "layers/attention/(query|value)/kernel"),
 }
 
@@ -32,6 +33,7 @@ def run(request, tiny, tmp_path_factory):
     answer = train(tiny, out, *LORA, *request.param, steps=6)
     assert answer.code == 0, answer.err
     assert "training adapters: " in answer.err and answer.result["loss_last"] < answer.result["loss_first"]
+    assert ("the base is rounded to nf4: " in answer.err) == ("nf4" in request.param)
     return request.param, out
 
 
@@ -136,6 +138,7 @@ def test_a_reward_model_trains_adapters_and_its_head(tiny, tmp_path):
         ("--lora-rank 2 --lora-targets query", "--lora-targets: no kernel's name matches"),
         ("--lora-alpha 4 --dora", "--lora-alpha, --dora has no effect without --lora-rank"),
         ("--rslora", "--rslora has no effect without --lora-rank"),
+        ("--base-quantization int8", "--base-quantization has no effect without --lora-rank"),
         ("--adapter x --lora-rank 2", "--lora-rank has no effect with --adapter"),
         ("--adapter nowhere", "nowhere/adapter_config.json"),
         ("--lora-rank 2 --reference-model x", "--reference-model needs a second frozen base"),

@@ -104,7 +104,7 @@ class UNet(nnx.Module):
         if pooled is None or sizes is None:
             missing = [name for name in ("pooled", "sizes") if getattr(condition, name) is None]
             raise ValueError(f"the condition has no {' and no '.join(missing)}, which this model reads")
-        embedded = timestep_embedding(sizes.reshape(-1), config.size_embedding, **how)  # [B * N, E]
+        embedded = timestep_embedding(jnp.asarray(sizes).reshape(-1), config.size_embedding, **how)  # [B * N, E]
         added = jnp.concatenate([pooled.astype(jnp.float32), embedded.reshape(sizes.shape[0], -1)], axis=-1)
         if added.shape[-1] != config.pooled_dim:
             raise ValueError(

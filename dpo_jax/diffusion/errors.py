@@ -11,12 +11,21 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from dpo_jax.diffusion.inversion import fresh_noise, invert
 from dpo_jax.diffusion.ops import denoising_error
 from dpo_jax.diffusion.process import Process, empty_condition, level_of
-from dpo_jax.diffusion.sampler import Guidance, guided
-from dpo_jax.diffusion.schedule import add_noise, prediction_target
-from dpo_jax.diffusion.types import Predict
+from dpo_jax.diffusion.sampler import Guidance, flow_euler_steps, guided
+from dpo_jax.diffusion.schedule import (
+    add_noise,
+    flow_sigmas,
+    implied_noise,
+    leading_timesteps,
+    prediction_target,
+)
+from dpo_jax.diffusion.transitions import ddim_steps
+from dpo_jax.diffusion.types import Predict, Step
 from dpo_jax.types import Array, PyTree
 
 # Statistics of a prediction: mean squared error of an image [N], of each frame [N, F] (axis 1), at each place [N, ...]
@@ -56,6 +65,70 @@ def noised_inputs(*, clean: Array, noise: Array, times: Array, condition: PyTree
     level = level_of(process, times)
     target = prediction_target(clean, noise, level, process.parameterisation)
     return Inputs(add_noise(clean, noise, level), times, target, condition)
+
+
+def inversion_steps(process: Process, steps: int, *, offset: int = 1) -> Step:
+    """The deterministic sampler's table that inversion papers walk backwards: DDIM on the leading grid, or Euler's.
+
+    Args:
+      steps: number of model calls, at most the schedule's timesteps.
+      offset: of the grid on a schedule; the published loops of InPO and SmPO take 1, Inversion-DPO's 0.
+    """
+    if process.schedule is None:
+        return flow_euler_steps(flow_sigmas(steps, shift=process.shift, lowest=1 / steps))
+    count = process.schedule.timesteps
+    return ddim_steps(process.schedule, leading_timesteps(steps, timesteps=count, steps_offset=offset))
+
+
+def inverted_inputs(
+    predict: Predict,
+    *,
+    clean: Array,
+    times: Array,
+    condition: PyTree,
+    process: Process,
+    steps: int,
+    weights: tuple[float, ...] | np.ndarray = (1.0,),
+    eta: float = 0.0,
+    key: Array | None = None,
+    snap: bool = True,
+) -> Inputs:
+    """Clean latents inverted up to their timesteps, and the noise that they then stand for.
+
+    The grid is coarse, so an image stops at its last level below its timestep. An image whose timestep is below the
+    grid's first level is not moved.
+
+    Args:
+      predict: the model that inverts, unguided.
+      clean, times, condition: as in `noised_inputs`.
+      steps: of the whole grid.
+      weights: of the predictions of each step, see `inversion.invert`.
+      eta: share of fresh noise after each step (`inversion.fresh_noise`); needs a key and a schedule.
+      snap: tell the models the level that was reached, and take the noise at it; else those of the drawn timestep.
+
+    Raises:
+      ValueError: fresh noise on straight paths.
+    """
+    table, std = inversion_steps(process, steps), None
+    if eta:
+        if process.schedule is None:
+            raise ValueError(f"eta is {eta}, and straight paths have no posterior to take fresh noise from; give 0")
+        std = fresh_noise(process.schedule, np.asarray(table.time, np.int64), eta=eta)
+    found = invert(
+        predict,
+        clean,
+        table,
+        condition,
+        parameterisation=process.parameterisation,
+        weights=weights,
+        until=times,
+        std=std,
+        key=key,
+    )
+    latents, told = jax.lax.stop_gradient((found.latents, found.timesteps if snap else times))
+    level = level_of(process, told)
+    noise = implied_noise(latents, clean.astype(jnp.float32), level)
+    return Inputs(latents, told, prediction_target(clean, noise, level, process.parameterisation), condition)
 
 
 def measure(predict: Predict, inputs: Inputs, process: Process, statistics: Collection[str]) -> dict[str, Array]:

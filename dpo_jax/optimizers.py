@@ -80,11 +80,11 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def _muon(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Muon for kernels (the last two axes of stacked layers), AdamW for embeddings, heads, norms and biases."""
+    """Muon for kernels (the last two axes, however stacked), AdamW for embeddings, heads, norms and biases."""
 
     def dimensions(params: PyTree) -> PyTree:
         def of(name: str, leaf):
-            if leaf.ndim < 2 or not name.endswith("kernel"):
+            if leaf.ndim < 2 or not name.endswith(("kernel", "kernels")):
                 return None
             return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.language.score import DIVERGENCES, VOCABULARY_STATISTICS, completion_mask, rewards, score
-from dpo_jax.language.types import COMPLETIONS, Batch, LanguageModel
+from dpo_jax.language.types import COMPLETIONS, Batch, LanguageModel, Prediction, Routing
 from dpo_jax.signatures import read_needs
 from dpo_jax.types import Array, LossOutput, PyTree
 
@@ -102,7 +102,8 @@ def from_loss(loss: Loss, *, frozen_head: bool = False, **hyper: Any):
     """Objective `(policy, reference, batch, key, loss_state) -> LossOutput` of a loss.
 
     What the loss names is computed and handed over, nothing else: a loss that names no `reference_*` never runs the
-    reference, and a column of the batch wins over a computation.
+    reference, and a column of the batch wins over a computation. A policy that is a mixture of experts adds what its
+    router did: metrics (`router_metrics`), and its penalty to the loss of every example.
 
     Args:
       loss: keyword-only function of the arrays in the name table.
@@ -127,16 +128,39 @@ def from_loss(loss: Loss, *, frozen_head: bool = False, **hyper: Any):
         if missing := [name for name, source in origins.items() if source.maker == "column"]:
             have = f"the columns {sorted(columns)}" if columns else "no columns"
             raise TypeError(f"{loss.__name__} needs the columns {missing}, and the data has {have}")
-        computed = _compute(set(origins.values()), policy, reference, batch, frozen_head)
+        routings: list[Routing] = []
+
+        def watched(*rows: Array) -> Prediction | Array:
+            answer = policy(*rows)
+            if isinstance(answer, Prediction) and answer.routing is not None:
+                routings.append(answer.routing)
+            return answer
+
+        computed = _compute(set(origins.values()), watched, reference, batch, frozen_head)
         arrays = {}
         for name, column in served.items():
             whole = computed[origins[name]] if column is None else columns[column]
             arrays[name] = whole if column == name else _side(whole, name, form)
         special = {"loss_state": loss_state} if needs.state else {}
         special |= {"key": key} if needs.key else {}
-        return loss(**arrays, **special, **hyper)
+        output = loss(**arrays, **special, **hyper)
+        return _with_routing(output, routings[0]) if routings else output
 
     return objective
+
+
+def router_metrics(routing: Routing) -> dict[str, Array]:
+    """Load-balancing loss, mean entropy of the router (nats) and share of the choices that fell on each expert, which
+    is the mean over the layers; float32 []."""
+    shares = jnp.mean(routing.shares, axis=0)
+    each = {f"expert_share_{number}": shares[number] for number in range(shares.size)}
+    return {"router_load_balance": routing.load_balance, "router_entropy": jnp.mean(routing.entropy), **each}
+
+
+def _with_routing(output: LossOutput, routing: Routing) -> LossOutput:
+    # The router's numbers are those of the batch; each of its examples carries them, so that their mean is them.
+    metrics = {name: jnp.broadcast_to(x, output.loss.shape) for name, x in router_metrics(routing).items()}
+    return output._replace(loss=output.loss + routing.penalty, metrics={**output.metrics, **metrics})
 
 
 def _side(whole: Array, name: str, form: str) -> Array:

@@ -86,23 +86,28 @@ def inputs() -> dict[str, np.ndarray]:
 
 
 def torch_numbers(folder: Path, given: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
-    """Logits, log-probs and gradients by torch transformers, float32; `given` as `inputs`, which it is by default."""
+    """Logits, log-probs and gradients by torch transformers, float32; `given` as `inputs`, which it is by default.
+
+    Row by row, for some models look at the longest row of a call.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     given = given or inputs()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    tokens = torch.tensor(given["tokens"], dtype=torch.long)
-    kept = torch.arange(tokens.shape[1]) < torch.tensor(given["lengths"])[:, None]
-    logits = model(tokens, attention_mask=kept.long()).logits
-    logps = torch.log_softmax(logits[:, :-1], -1).gather(-1, tokens[:, 1:, None])[..., 0]
-    (logps * torch.tensor(given["weights"])).sum().backward()
-    gradients = {f"gradient:{name}": p.grad.numpy() for name, p in model.named_parameters()}
-    visible = kept.numpy()
+    rows, longest = given["tokens"].shape
     values = {
-        "logits": logits.detach().numpy() * visible[..., None],
-        "logps": logps.detach().numpy() * visible[:, 1:],
+        "logits": np.zeros((rows, longest, model.config.vocab_size), np.float32),
+        "logps": np.zeros((rows, longest - 1), np.float32),
     }
+    for row, length in enumerate(given["lengths"]):
+        tokens = torch.tensor(given["tokens"][row : row + 1, :length], dtype=torch.long)
+        logits = model(tokens).logits
+        logps = torch.log_softmax(logits[:, :-1], -1).gather(-1, tokens[:, 1:, None])[..., 0]
+        (logps * torch.tensor(given["weights"][row, : length - 1])).sum().backward()
+        values["logits"][row, :length] = logits[0].detach().numpy()
+        values["logps"][row, : length - 1] = logps[0].detach().numpy()
+    gradients = {f"gradient:{name}": p.grad.numpy() for name, p in model.named_parameters()}
     return given | values | gradients
 
 

@@ -76,6 +76,22 @@ VARIANTS: dict[str, tuple[str, dict]] = {
         "Phi3Config",
         {**SIZES, **FEWER, "rope_parameters": {**BASE, "partial_rotary_factor": 0.5}, "tie_word_embeddings": True},
     ),
+    # One row is longer than the original context, the others are not.
+    "phi3_longrope": (
+        "Phi3Config",
+        {
+            **SIZES,
+            **FEWER,
+            "original_max_position_embeddings": 12,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 500.0,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.5, 2.5],
+                "long_factor": [1.25, 3.0, 7.0],
+            },
+        },
+    ),
     "phi": (
         "PhiConfig",
         {
@@ -136,7 +152,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     ),
 }
 # Weights of a variant follow from its place in the sorted names; what came later stands behind all others.
-LATER = ("qwen3_moe", "qwen3_moe_renormalized", "mixtral")
+LATER = ("qwen3_moe", "qwen3_moe_renormalized", "mixtral", "phi3_longrope")
 
 
 def seed_of(variant: str) -> int:

@@ -24,7 +24,7 @@ from dpo_jax.language.data.annotate import completion_rewards, each_example
 from dpo_jax.language.data.batches import epoch_batches
 from dpo_jax.language.data.encode import encode_prompts
 from dpo_jax.language.data.rows import PreferenceRow, RowError, parse_row
-from dpo_jax.language.models.decoder import empty_cache
+from dpo_jax.language.models.decoder import empty_cache, most_decoded
 from dpo_jax.language.sampling.beam import implicit_value, length_power
 from dpo_jax.language.sampling.engine import Completion, Engine, generate, make_engine, prompt_keys
 from dpo_jax.language.sampling.filters import Sampling
@@ -210,7 +210,7 @@ def _open_models(config: GenerateConfig, mesh: Mesh) -> _Models:
         _stop_tokens(first, config.stop_tokens),
         first.config.vocabulary_size,
         guided(config.guidance_strength) if config.tuned_model else None,
-        min((model.config.learned_positions for model in opened if model.config.learned_positions), default=0),
+        min((most for model in opened if (most := most_decoded(model.config))), default=0),
     )
 
 

@@ -20,7 +20,7 @@ from dpo_jax.language.models.config import DecoderConfig
 from dpo_jax.language.models.experts import RouterSums
 from dpo_jax.language.models.kernels import set_small_kernels
 from dpo_jax.language.models.layers import Embedding, HeadBias, Layer, Norm, RewardHead
-from dpo_jax.language.models.rope import RopeConfig, rotations
+from dpo_jax.language.models.rope import RopeConfig, in_long_trees, rotations
 from dpo_jax.language.types import Prediction, Routing
 from dpo_jax.lora import adapter_rules
 from dpo_jax.quantize import Kind, quantized_rules
@@ -37,6 +37,7 @@ __all__ = [
     "decoder_function",
     "empty_cache",
     "init_variables",
+    "most_decoded",
 ]
 
 # Stacked kernels lead with the layer axis.
@@ -127,7 +128,10 @@ class Decoder(nnx.Module):
             return seen(query, key, value, window=window), None
 
         counted = jnp.asarray(subtree_end) > 0
-        hidden, _, routed = self._run(tokens, positions, attend, None, counted)
+        rope, long = self.config.rope, None
+        if rope.kind == "longrope":
+            long = in_long_trees(jnp.asarray(positions), jnp.asarray(subtree_end), rope.original_length)
+        hidden, _, routed = self._run(tokens, positions, attend, None, counted, long)
         return self._predict(hidden)._replace(routing=self._routing(routed, counted))
 
     def decode(
@@ -142,7 +146,7 @@ class Decoder(nnx.Module):
           mask: bool [N, Q, C], which columns each query sees; windows narrow it further.
 
         Returns:
-          the answer for the Q tokens, and the cache with their keys and values.
+          the answer for the Q tokens, and the cache with their keys and values; NaN for tokens behind `most_decoded`.
         """
 
         # Rows that are not equally far write at columns of their own.
@@ -159,6 +163,9 @@ class Decoder(nnx.Module):
             return decode_attention(query, *near, seen, **self._scores()), (keys, values)
 
         hidden, (keys, values), _ = self._run(tokens, positions, attend, (cache.keys, cache.values))
+        if self.config.rope.kind == "longrope":
+            # All keys in the cache would have to be turned again; no answer is better than a wrong one.
+            hidden = jnp.where((positions < self.config.rope.original_length)[..., None], hidden, jnp.nan)
         return self._predict(hidden), Cache(keys, values, places)
 
     def _scores(self) -> dict[str, float | None]:
@@ -166,13 +173,19 @@ class Decoder(nnx.Module):
         return {"softcap": self.config.attention_softcap, "scale": None if scalar is None else scalar**-0.5}
 
     def _run(
-        self, tokens: Array, positions: Array, attend: _Attend, cache: PyTree, counted: Array | None = None
+        self,
+        tokens: Array,
+        positions: Array,
+        attend: _Attend,
+        cache: PyTree,
+        counted: Array | None = None,
+        long: Array | None = None,
     ) -> tuple[Array, PyTree, RouterSums | None]:
         """All layers, scanned; `attend` also gets the layer's part of the cache and gives the new one back."""
         config = self.config
         x = self._embedded(tokens, positions)
         dimensions = config.rotary_dim or config.head_dim
-        turn = None if config.learned_positions else rotations(config.rope, dimensions, positions)
+        turn = None if config.learned_positions else rotations(config.rope, dimensions, positions, long)
         local_turn = None if config.local_rope is None else rotations(config.local_rope, dimensions, positions)
         graphdef, stacked = nnx.split(self.layers)
 
@@ -237,6 +250,14 @@ class Decoder(nnx.Module):
         table = self.embed if self.head is None else self.head
         bias = None if self.head_bias is None else self.head_bias.bias[...]
         return Prediction(hidden, table.embedding[...], bias, self.config.logit_softcap)
+
+
+def most_decoded(config: DecoderConfig) -> int:
+    """Most tokens of a sequence that `Decoder.decode` answers for; 0 for any number.
+
+    Beyond its original context a model with longrope turns all earlier keys in another way, and a cache keeps them.
+    """
+    return config.rope.original_length if config.rope.kind == "longrope" else config.learned_positions
 
 
 def empty_cache(config: DecoderConfig, rows: int, columns: int) -> Cache:

@@ -8,7 +8,8 @@ import pytest
 from make_family_fixtures import FOLDER, WORDS
 from test_decoder import jit, jitted_logits, padded_rows, tree_row
 
-from dpo_jax.language.models.decoder import decoder_function, empty_cache
+from dpo_jax.language.models.decoder import decoder_function, empty_cache, most_decoded
+from dpo_jax.language.models.rope import in_long_trees
 from dpo_jax.language.models.weights import load_hf
 
 # Windows in all and in some layers, caps, two bases, partial rotation, learned positions.
@@ -76,3 +77,42 @@ def test_each_path_of_a_tree_is_as_if_it_stood_alone(variant):
         lone[:, : alone.shape[1]] = alone
         separate = jitted_logits(config, variables, *padded_rows(lone, np.array([alone.shape[1]])))
         np.testing.assert_allclose(together[0, columns], separate[0, : len(columns)], atol=3e-5)
+
+
+def test_each_tree_is_long_or_short_for_itself():
+    # Three trees (the second with two completions, one of them long), then padding that counts on.
+    positions = np.array([[0, 1, 2, 0, 1, 2, 3, 4, 5, 2, 3, 0, 1, 2, 3, 4, 5, 6]])
+    ends = np.array([[3] * 3 + [11, 11, 9, 9, 9, 9, 11, 11] + [14] * 3 + [0] * 4])
+    want = np.array([[False] * 3 + [True] * 8 + [False] * 7])
+    np.testing.assert_array_equal(in_long_trees(jnp.asarray(positions), jnp.asarray(ends), 5), want)
+    assert not np.any(in_long_trees(jnp.asarray(positions), jnp.asarray(ends), 6))
+
+
+def test_longrope_is_the_same_alone_and_in_one_row():
+    config, variables = load_hf(FOLDER / "phi3_longrope")
+    assert config.rope.original_length == most_decoded(config) == 12
+    draw = np.random.default_rng(2)
+    # A long row and a short one behind each other in one row.
+    lengths = (15, 6)
+    parts = [draw.integers(0, WORDS, length).astype(np.int32) for length in lengths]
+    tokens = np.concatenate(parts)[None]
+    positions = np.concatenate([np.arange(length) for length in lengths])[None].astype(np.int32)
+    ends = np.repeat(np.cumsum(lengths), lengths)[None].astype(np.int32)
+    together = jitted_logits(config, variables, tokens, positions, ends)
+    for part, begin in zip(parts, (0, 15)):
+        padded = np.zeros_like(tokens)
+        padded[:, : len(part)] = part
+        alone = jitted_logits(config, variables, *padded_rows(padded, np.array([len(part)])))
+        np.testing.assert_allclose(together[0, begin : begin + len(part)], alone[0, : len(part)], atol=3e-5)
+
+
+def test_a_cache_answers_up_to_the_original_context_of_longrope():
+    config, variables = load_hf(FOLDER / "phi3_longrope")
+    decode = jit(partial(decoder_function(config), method="decode"))
+    tokens = np.random.default_rng(1).integers(0, WORDS, (1, 13)).astype(np.int32)
+    mask = np.tril(np.ones((13, 13), bool))[None]
+    at = np.arange(13, dtype=np.int32)[None]
+    answer, _ = decode(variables, tokens, at, empty_cache(config, 1, 13), jnp.int32(0), mask)
+    whole = jit(decoder_function(config))(variables, *padded_rows(tokens, np.array([12]))).hidden
+    np.testing.assert_allclose(answer.hidden[:, :12], whole[:, :12], atol=3e-5)
+    assert np.all(np.isnan(answer.hidden[:, 12]))

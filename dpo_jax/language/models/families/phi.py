@@ -18,7 +18,13 @@ from dpo_jax.language.models.families.keys import (
     refuse,
     sizes,
 )
-from dpo_jax.language.models.families.rope import read_rope, rope_settings, rotary_dim, rotary_factor
+from dpo_jax.language.models.families.rope import (
+    read_longrope,
+    read_rope,
+    rope_settings,
+    rotary_dim,
+    rotary_factor,
+)
 from dpo_jax.language.models.families.table import Table, ends, fused, linears, norms, side_by_side
 
 ARCHITECTURES = {
@@ -28,6 +34,8 @@ ARCHITECTURES = {
     "Phi3ForSequenceClassification": Architecture("phi3", reward=True),
 }
 PREFIX = llama.PREFIX
+# Names that one kind of scaling has had.
+_LONG = ("longrope", "su", "yarn")
 
 
 def config_from_hf(config: Mapping[str, Any], architecture: Architecture, place: str) -> DecoderConfig:
@@ -59,15 +67,22 @@ def _second(config: Mapping[str, Any], architecture: Architecture, place: str) -
 
 def _third(config: Mapping[str, Any], architecture: Architecture, place: str) -> DecoderConfig:
     measures, settings = sizes(config, place), rope_settings(config, place)
-    if (kind := settings.get("rope_type") or settings.get("type") or "default") != "default":
-        raise WeightsError(f"{place}: rope type {kind!r} of a Phi 3 model; only 'default' is supported")
+    turned = rotary_dim(config, place, measures["head_dim"], 1.0)
+    kind = settings.get("rope_type") or settings.get("type") or "default"
+    if kind == "default":
+        rope = read_rope(settings, config, place)
+    elif kind in _LONG:
+        original = integer(config, place, "original_max_position_embeddings", 4096)
+        rope = read_longrope(settings, config, place, turned=turned or measures["head_dim"], original=original)
+    else:
+        raise WeightsError(f"{place}: rope type {kind!r} of a Phi 3 model; there are default, {', '.join(_LONG)}")
     return DecoderConfig(
         **measures,
         **llama.common_from_hf(config, place, norm_epsilon=1e-5),
         family=architecture.family,
         reward=architecture.reward,
-        rope=read_rope(settings, config, place),
-        rotary_dim=rotary_dim(config, place, measures["head_dim"], 1.0),
+        rope=rope,
+        rotary_dim=turned,
         window=optional(integer, config, place, "sliding_window", None),
     )
 
@@ -79,6 +94,9 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
     written["rope_parameters"] |= {"partial_rotary_factor": factor}
     written |= {"partial_rotary_factor": factor}
     if config.family == "phi3":
+        if config.rope.kind == "longrope":
+            # The class reads it here only.
+            written |= {"original_max_position_embeddings": config.rope.original_length}
         return written | {"sliding_window": config.window}
     del written["rms_norm_eps"]
     return written | {

@@ -100,6 +100,41 @@ def read_rope(
     )
 
 
+def read_longrope(
+    given: Mapping[str, Any], config: Mapping[str, Any], place: str, *, turned: int, original: int
+) -> RopeConfig:
+    """Rotary settings with factors for short and for long sequences.
+
+    Args:
+      given: as `rope_parameters`.
+      config: config.json.
+      turned: number of dimensions of a head that are rotated.
+      original: context of the training before scaling.
+
+    Raises:
+      WeightsError: factors that are missing, no numbers above 0, or not one for each pair of dimensions.
+    """
+    factors = {}
+    for key in ("short_factor", "long_factor"):
+        values = given.get(key)
+        if not isinstance(values, list) or len(values) != turned // 2:
+            raise WeightsError(f"{place}: {key} is {values!r}; expected {turned // 2} numbers above 0")
+        numbers = {f"{key}[{i}]": value for i, value in enumerate(values)}
+        factors[key] = tuple(number(numbers, place, name) for name in numbers)
+    longest = integer(config, place, "max_position_embeddings", original)
+    factor = number(given, place, "factor", longest / original)
+    scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return RopeConfig(
+        number(given, place, "rope_theta", number(config, place, "rope_theta", 10000.0, above=1.0), above=1.0),
+        "longrope",
+        factor,
+        original,
+        attention_factor=number(given, place, "attention_factor", scale),
+        short_factors=factors["short_factor"],
+        long_factors=factors["long_factor"],
+    )
+
+
 def _yarn_attention_factor(given: Mapping[str, Any], factor: float, place: str) -> float:
     def scale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
@@ -116,7 +151,7 @@ def rope_parameters(rope: RopeConfig) -> dict[str, Any]:
     written: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
     if rope.kind != "default":
         written["factor"] = rope.factor
-    if rope.kind in ("llama3", "yarn"):
+    if rope.kind in ("llama3", "yarn", "longrope"):
         written["original_max_position_embeddings"] = rope.original_length
     if rope.kind == "llama3":
         written["low_freq_factor"] = rope.low_frequency_factor
@@ -124,4 +159,7 @@ def rope_parameters(rope: RopeConfig) -> dict[str, Any]:
     if rope.kind == "yarn":
         names = ("beta_fast", "beta_slow", "attention_factor", "truncate")
         written |= {name: getattr(rope, name) for name in names}
+    if rope.kind == "longrope":
+        written |= {"attention_factor": rope.attention_factor}
+        written |= {"short_factor": list(rope.short_factors), "long_factor": list(rope.long_factors)}
     return written

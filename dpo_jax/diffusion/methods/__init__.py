@@ -4,6 +4,7 @@ from dpo_jax.diffusion.methods.capo import capo_loss as capo_loss
 from dpo_jax.diffusion.methods.capo import capo_outer_weight_loss as capo_outer_weight_loss
 from dpo_jax.diffusion.methods.capo import capo_unweighted_loss as capo_unweighted_loss
 from dpo_jax.diffusion.methods.d3po import d3po_loss as d3po_loss
+from dpo_jax.diffusion.methods.ddim_inpo import inpo_loss as inpo_loss
 from dpo_jax.diffusion.methods.ddpo import ddpo_loss as ddpo_loss
 from dpo_jax.diffusion.methods.ddpo import ddpo_sf_loss as ddpo_sf_loss
 from dpo_jax.diffusion.methods.diffusion_baselines import conservative_loss as conservative_loss
@@ -25,6 +26,7 @@ from dpo_jax.diffusion.methods.diffusion_kto import diffusion_kto_loss as diffus
 from dpo_jax.diffusion.methods.diffusion_kto import diffusion_kto_mismatched_loss as diffusion_kto_mismatched_loss
 from dpo_jax.diffusion.methods.diffusion_kto import diffusion_kto_seeking_loss as diffusion_kto_seeking_loss
 from dpo_jax.diffusion.methods.diffusion_kto import diffusion_kto_signed_loss as diffusion_kto_signed_loss
+from dpo_jax.diffusion.methods.diffusion_npo import npo_loss as npo_loss
 from dpo_jax.diffusion.methods.dmpo import dmpo_loss as dmpo_loss
 from dpo_jax.diffusion.methods.dynamic_treerpo import tree_grpo_loss as tree_grpo_loss
 from dpo_jax.diffusion.methods.flow_dpo import flow_dpo_loss as flow_dpo_loss
@@ -32,9 +34,11 @@ from dpo_jax.diffusion.methods.flow_dpo import flow_dpo_noise_loss as flow_dpo_n
 from dpo_jax.diffusion.methods.flow_grpo import grpo_code_kl_loss as grpo_code_kl_loss
 from dpo_jax.diffusion.methods.flow_grpo import grpo_kl_loss as grpo_kl_loss
 from dpo_jax.diffusion.methods.flow_grpo import grpo_loss as grpo_loss
+from dpo_jax.diffusion.methods.inversion_dpo import inversion_dpo_loss as inversion_dpo_loss
 from dpo_jax.diffusion.methods.mapo import mapo_loss as mapo_loss
 from dpo_jax.diffusion.methods.rankdpo import rankdpo_loss as rankdpo_loss
 from dpo_jax.diffusion.methods.rankdpo import rankdpo_model_ranks_loss as rankdpo_model_ranks_loss
+from dpo_jax.diffusion.methods.smpo import smpo_loss as smpo_loss
 from dpo_jax.diffusion.methods.spo import spo_loss as spo_loss
 from dpo_jax.diffusion.methods.tailorpo import tailorpo_loss as tailorpo_loss
 from dpo_jax.diffusion.methods.text_po import tdpo_loss as tdpo_loss

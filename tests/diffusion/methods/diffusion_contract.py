@@ -31,7 +31,7 @@ from dpo_jax.types import LossOutput
 
 B, K, F, S = 6, 3, 4, 5  # rows, images of a list, frames, steps
 H, W, C = 4, 2, 3  # rows and columns of latents, channels
-STEPS = 10  # of the schedule's timesteps, all that tests of objectives need
+STEPS = 1000  # of the schedule's timesteps; papers that invert have grids of 10 to 80
 Loss = Callable[..., LossOutput]
 Arrays = dict[str, np.ndarray]
 Maker = Callable[[np.random.Generator], np.ndarray]
@@ -53,15 +53,23 @@ COLUMNS: dict[str, Maker] = {
     "entity_quality": _uniform(0.1, 0.9, H, W),
     "generated_quality": _uniform(0.1, 0.9, H, W),
     "preference": lambda rng: np.tile([1, -1, 0], B // 3),
+    "sampled_latents": lambda rng: rng.normal(size=(B, H, W, C)),
+    "sampled_noise": lambda rng: rng.normal(size=(B, H, W, C)),
+    "sampled_times": lambda rng: rng.integers(0, STEPS, B).astype(float),
     "noise_scales": _uniform(0.3, 0.9, S),
     "segment_labels": lambda rng: rng.integers(-1, 2, (B, F)),
 }
 # Policy's arrays that a paper takes for constants: loss -> names.
-STOPPED: dict[str, tuple[str, ...]] = {}
+STOPPED: dict[str, tuple[str, ...]] = {
+    "diffusion_kto_mismatched_loss": ("policy_mismatched_error",),  # its reference point
+    "sdpo_loss": ("policy_chosen_pred", "policy_rejected_pred"),  # its safeguard
+}
+# Hyper-parameters where the paper's hide an argument from float32, or ordinary arrays never get there: loss -> options.
+OPTIONS: dict[str, dict[str, float]] = {"dspo_loss": {"beta": 1.0}, "dspo_threshold_loss": {"threshold": 0.01}}
 
 GARBAGE = np.array([np.nan, np.inf, -np.inf, 1e30], np.float32)
 TOLERANCE: dict[str, Any] = dict(rtol=1e-5, atol=1e-6)  # two float32 evaluations of one formula in another order
-SCHEDULE = linear_schedule(STEPS, end=0.5)
+SCHEDULE = linear_schedule(STEPS)
 PROCESS = Process(predicts_noise, SCHEDULE, empty=np.zeros((1, 2), np.float32))
 
 
@@ -127,7 +135,10 @@ def make_array(name: str, seed: int, policy: Callable) -> np.ndarray:
         return COLUMNS[name](random(name))
     source, shape = origin(name), shape_of(name)
     if name.startswith(("policy_", "reference_")) and source.maker != "column":
-        reference = _statistic(source.statistic, shape, random(name.partition("_")[2]))
+        # Predictions for the images of a row resemble each other, as those at one noise do.
+        reference = _statistic(
+            source.statistic, shape, random("pred" if source.statistic == "pred" else name.partition("_")[2])
+        )
         if source.maker == "reference":
             return reference
         spread = 0.1 if source.statistic == "pred" else 1e-3
@@ -184,6 +195,10 @@ def state_of(loss: Loss) -> dict:
     return special
 
 
+def options_of(loss: Loss) -> dict[str, Any]:
+    return OPTIONS.get(loss.__name__, {})
+
+
 @functools.cache
 def compiled(loss: Loss) -> Callable[[Arrays, dict], tuple[LossOutput, Arrays]]:
     """(arrays, state) -> output and the gradient of the weighted sum of the loss by each float array; compiled once."""
@@ -193,7 +208,7 @@ def compiled(loss: Loss) -> Callable[[Arrays, dict], tuple[LossOutput, Arrays]]:
         others = {n: v for n, v in arrays.items() if n not in floats}
 
         def total(floats: Arrays) -> tuple[jax.Array, LossOutput]:
-            output = loss(**floats, **others, **state)
+            output = loss(**floats, **others, **state, **options_of(loss))
             weight = jax.lax.stop_gradient(arrays.get("weight", 1.0))  # as the train step weighs rows
             return jnp.sum(output.loss * weight), output
 
@@ -257,10 +272,10 @@ def check_output(loss: Loss) -> None:
     for name, value in {"loss": output.loss, **output.metrics}.items():
         assert value.shape == (B,) and value.dtype == np.float32, f"{name} is {value.dtype}{value.shape}"
     with jax.numpy_rank_promotion("raise"):
-        assert_same(loss(**{n: jnp.asarray(v) for n, v in inputs.items()}, **state), output)
+        assert_same(loss(**{n: jnp.asarray(v) for n, v in inputs.items()}, **state, **options_of(loss)), output)
     other = make_inputs(loss, seed=1)
     stacked = {n: jnp.stack([inputs[n], other[n]]) for n in inputs}
-    both = jax.vmap(lambda arrays: loss(**arrays, **state))(stacked)
+    both = jax.vmap(lambda arrays: loss(**arrays, **state, **options_of(loss)))(stacked)
     assert_same(jax.tree.map(lambda v: v[0], both), output)
     assert_same(jax.tree.map(lambda v: v[1], both), run(loss, other)[0])
 
@@ -278,7 +293,7 @@ def check_bfloat16(loss: Loss) -> None:
     half = {n: jnp.asarray(v, jnp.bfloat16 if n in of_models else v.dtype) for n, v in inputs.items()}
     rounded = {n: np.asarray(v, inputs[n].dtype) for n, v in half.items()}
     # Not compiled: XLA may keep the digits between two fused bfloat16 operations and so hide the second one.
-    output = loss(**half, **state)
+    output = loss(**half, **state, **options_of(loss))
     assert output.loss.dtype == np.float32
     assert_same(output, run(loss, rounded)[0])
     far = {n: v.astype(jnp.bfloat16) if n in of_models else v for n, v in make_inputs(loss, policy=large).items()}
@@ -353,9 +368,9 @@ def check_constants(loss: Loss) -> None:
 
 
 def check_every_array_matters(loss: Loss) -> None:
-    """Each array that the signature asks for (and somebody pays for) changes the loss."""
+    """Each array that the signature asks for (and somebody pays for) changes the loss or its gradient."""
     inputs = make_inputs(loss)
-    before = run(loss, inputs)[0].loss
+    before, slope = run(loss, inputs)
     for name, value in inputs.items():
         changed = value - 0.3 * (1 + np.random.default_rng(2).random(value.shape))
         if name == "labels":
@@ -364,8 +379,12 @@ def check_every_array_matters(loss: Loss) -> None:
             changed = -value
         elif name in ("weight", "valid"):
             changed = value * (np.arange(B).reshape(-1, *[1] * (value.ndim - 1)) != 0)
-        after = run(loss, {**inputs, name: changed.astype(value.dtype)})[0].loss
-        assert (np.abs(after - before) > 1e-5).any(), f"{name} changes nothing"
+        after, other = run(loss, {**inputs, name: changed.astype(value.dtype)})
+        moved = np.abs(after.loss - before.loss).max()
+        scales = name in STOPPED.get(loss.__name__, ()) or origin(name).maker in ("inputs", "batch")
+        if scales:  # a gradient, if not the loss; that of the first row is gone with its weight
+            moved = max([moved, *(np.abs(other[n] - slope[n])[1:].max() for n in slope)])
+        assert moved > 1e-5, f"{name} changes nothing"
 
 
 def check_objective(loss: Loss) -> None:

@@ -42,6 +42,7 @@ _RANGES = {
     "reference_update_every": (0, float("inf")),
     "reference_update_rate": (0, 1),
     "lora_rank": (0, float("inf")),
+    "router_loss": (0, float("inf")),
     "warmup": (0, float("inf")),
     "final_learning_rate": (0, 1),
     "weight_decay": (0, float("inf")),
@@ -235,7 +236,11 @@ def mesh_of(config: MeshConfig) -> Mesh:
     check_ranges(config)
     try:
         return make_mesh(
-            data=config.mesh_data, fsdp=config.mesh_fsdp, model=config.mesh_model, slices=config.mesh_slices
+            data=config.mesh_data,
+            fsdp=config.mesh_fsdp,
+            expert=config.mesh_expert,
+            model=config.mesh_model,
+            slices=config.mesh_slices,
         )
     except ValueError as error:
         raise UsageError(str(error)) from error

@@ -38,6 +38,8 @@ class ModelConfig:
     """Type of the parameters and of the optimizer's moments; adapters are float32."""
     remat: Literal["none", "dots", "full"] = "none"
     """What a layer's backward pass computes again to save memory: nothing, all but matrix products, everything."""
+    router_loss: float = 0.0
+    """Weight of the load-balancing loss of a mixture of experts; 0 leaves it a metric."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ class MeshConfig:
     """Size of the data axis; -1 takes the devices that are left."""
     mesh_fsdp: int = 1
     """Size of the axis that shards parameters and batch."""
+    mesh_expert: int = 1
+    """Size of the axis that shards experts and batch; for mixtures of experts."""
     mesh_model: int = 1
     """Size of the axis that splits heads, hidden units and vocabulary."""
     mesh_slices: int = 1

@@ -62,6 +62,7 @@ def open_model(model: str, options: ModelConfig, *, reward: bool = False) -> Ope
         dtype=options.dtype,
         param_dtype=options.param_dtype,
         remat=options.remat,
+        router_loss=options.router_loss if found.experts else 0.0,
     )
     return OpenModel(folder, config, decoder_function(config), load_tokenizer(folder))
 

@@ -48,6 +48,8 @@ def train(method: Method, config: Any) -> None:
     mesh = mesh_of(config.mesh)
     keep_config(out, record)
     model = open_model(config.model.model, config.model, reward=method.reward)
+    if config.model.router_loss and not model.config.experts:
+        raise UsageError(f"--router-loss is for mixtures of experts, and {config.model.model} is none; leave it out")
     adapted = adapted_model(model, config.adapters)
     wanted = wanted_by(method.loss)
     multiple = data_shards(mesh) * config.loop.microbatches

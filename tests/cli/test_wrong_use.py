@@ -86,6 +86,8 @@ def test_train_without_a_method_and_no_command_at_all():
         ("sft", "--reference columns", "--reference columns has no effect"),
         ("sft", "--reference-update-every 2", "--reference-update-every has no effect"),
         ("dpo", "--mesh-fsdp 3", "does not fit 8 devices"),
+        ("dpo", "--mesh-expert 3", "does not fit 8 devices"),
+        ("dpo", "--router-loss -1", "--router-loss is -1"),
         ("dpo", "--mesh-slices 0", "--mesh-slices is 0"),
         ("dpo", "--mesh-slices 3", "cannot span 3 slices"),
     ],

@@ -23,8 +23,10 @@ def tensor(name: str, shape: tuple[int, ...], scale: float = 0.5) -> np.ndarray:
     """A tensor of a checkpoint: weights of norms are about one, matrices fall with their number of inputs."""
     noise = chirp(name, tuple(shape))
     if len(shape) == 1:
-        return (noise * 0.2 + (1.0 if "norm" in name and name.endswith("weight") else 0.0)).astype(np.float32)
-    return (noise * scale * 2 / np.sqrt(max(1, np.prod(shape[1:])))).astype(np.float32)
+        value = noise * 0.2 + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    else:
+        value = noise * scale * 2 / np.sqrt(max(1, np.prod(shape[1:])))
+    return np.asarray(value, np.float32)
 
 
 def fill(module, file_name: Callable[[str], str] = lambda name: name) -> None:

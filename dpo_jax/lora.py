@@ -11,7 +11,7 @@ these leaves and no second model (`train.init_state` with `trainable=is_trainabl
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -226,6 +226,25 @@ def _kernel(base: PyTree, path: str) -> Array:
     return base["kernel"]
 
 
+def join_ranks(factors: Sequence[tuple[Array, Array]], weights: Sequence[float | Array] | Array) -> tuple[Array, Array]:
+    """One pair whose product is exactly sum_k w_k a_k b_k: factors side by side along the rank, weights in b; float32.
+
+    Args:
+      factors: pairs of [..., in, r_k] and [..., r_k, out]; ranks may differ.
+      weights: one for each pair, of any sign; scalars, or arrays over the leading axes.
+
+    Raises:
+      ValueError: no pair, or another number of weights.
+    """
+    if not factors or len(factors) != len(weights):
+        raise ValueError(f"{len(factors)} adapters and {len(weights)} weights; give one weight per adapter, and one")
+    a = [pair[0].astype(jnp.float32) for pair in factors]
+    b = [
+        pair[1].astype(jnp.float32) * jnp.asarray(w, jnp.float32)[..., None, None] for pair, w in zip(factors, weights)
+    ]
+    return jnp.concatenate(a, axis=-1), jnp.concatenate(b, axis=-2)
+
+
 def combine_adapters(named: Mapping[str, PyTree], weights: Mapping[str, float | Array]) -> PyTree:
     """One adapter whose change is exactly sum_k w_k s_k A_k B_k: the factors side by side, scales inside B, s = 1.
 
@@ -240,16 +259,15 @@ def combine_adapters(named: Mapping[str, PyTree], weights: Mapping[str, float | 
         raise ValueError(f"there are no adapters named {', '.join(unknown)}; there are {', '.join(named)}")
     if not weights:
         raise ValueError("give the weight of at least one adapter")
-    parts: dict[str, list[tuple[Array, Array]]] = {}
+    parts: dict[str, list[tuple[tuple[Array, Array], Array]]] = {}
     for name, weight in weights.items():
         for path, site in adapter_sites(named[name]).items():
             if MAGNITUDE in site:
                 raise ValueError(f"{name} is a DoRA adapter; norms do not add up: merge it instead")
-            parts.setdefault(path, []).append((site[A], site[B] * (weight * site[SCALE])[..., None, None]))
+            parts.setdefault(path, []).append(((site[A], site[B]), weight * site[SCALE]))
     combined: dict = {}
     for path, pairs in parts.items():
-        a = jnp.concatenate([a for a, _ in pairs], axis=-1)
-        b = jnp.concatenate([b for _, b in pairs], axis=-2)
+        a, b = join_ranks(*zip(*pairs))
         _put(combined, path.split("/"), {A: a, B: b, SCALE: jnp.ones(a.shape[:-2], jnp.float32)})
     return combined
 

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.lora import join_ranks
 from dpo_jax.ops import require_between, safe_divide
 from dpo_jax.types import Array, PyTree
 
@@ -234,16 +235,11 @@ def merge_lora_concat(adapters: Sequence[PyTree], weights: Sequence[float]) -> P
 
     Args:
       adapters: trees of `LowRank`, one structure; ranks may differ.
-      weights: one per adapter (ValueError), of any sign; folded into `a`.
+      weights: one per adapter (ValueError), of any sign; folded into `b`.
     """
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights; give one weight per adapter, and one")
-
-    def join(*parts: LowRank) -> LowRank:
-        a = jnp.concatenate([w * part.a.astype(jnp.float32) for w, part in zip(weights, parts)], axis=-1)
-        return LowRank(a, jnp.concatenate([part.b.astype(jnp.float32) for part in parts], axis=-2))
-
-    return jax.tree.map(join, *adapters, is_leaf=_is_low_rank)
+    return jax.tree.map(lambda *parts: LowRank(*join_ranks(parts, weights)), *adapters, is_leaf=_is_low_rank)
 
 
 def merge_lora_svd(adapters: Sequence[PyTree], weights: Sequence[float], *, rank: int) -> PyTree:

@@ -35,6 +35,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.lora import join_ranks
 from dpo_jax.ops import completion_sums, logistic_loss, pair_metrics, require_between, require_positive
 from dpo_jax.types import Array, LossOutput, PyTree
 
@@ -132,12 +133,11 @@ def combine_adapters(adapters: Sequence[PyTree], weights: Array | Sequence[float
     if not adapters or weights.shape != (len(adapters),):
         raise ValueError(f"{len(adapters)} adapters and weights of shape {weights.shape}; give one weight per adapter")
 
-    def concatenate(*pairs: Mapping[str, Array]) -> dict[str, Array]:
-        a = [weight * pair["a"].astype(jnp.float32) for weight, pair in zip(weights, pairs)]
-        b = [pair["b"].astype(jnp.float32) for pair in pairs]
-        return {"a": jnp.concatenate(a, axis=-1), "b": jnp.concatenate(b, axis=-2)}
+    def joined(*pairs: Mapping[str, Array]) -> dict[str, Array]:
+        a, b = join_ranks([(pair["a"], pair["b"]) for pair in pairs], weights)
+        return {"a": a, "b": b}
 
-    return jax.tree.map(concatenate, *adapters, is_leaf=_is_factors)
+    return jax.tree.map(joined, *adapters, is_leaf=_is_factors)
 
 
 def fit_combination(

@@ -103,7 +103,7 @@ class _Models(NamedTuple):
     stop_tokens: tuple[int, ...]
     words: int
     combine: Any
-    positions: int  # that the model has learned; 0 for rotations, which have no end
+    positions: int  # that a cache of the model can hold; 0 for any number
 
 
 def generate_command(config: GenerateConfig) -> None:
@@ -252,8 +252,8 @@ def _check_length(config: GenerateConfig, models: _Models, prompts: Sequence[np.
     longest = max(map(len, prompts)) + config.max_new_tokens
     if models.positions and longest > models.positions:
         raise UsageError(
-            f"the longest prompt and --max-new-tokens make {longest} tokens, and the model has learned "
-            f"{models.positions} positions; give fewer"
+            f"the longest prompt and --max-new-tokens make {longest} tokens, and the model decodes at most "
+            f"{models.positions}; give fewer"
         )
 
 

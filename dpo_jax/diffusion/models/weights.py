@@ -120,8 +120,13 @@ def model_tensors(variables: PyTree, table: Table, dtype: Any = None) -> Iterato
     for path, leaf in named_leaves(variables).items():
         place = table[path]
         for number, name in enumerate(tensor_names(place)):
-            values = _stored(place, leaf, on_host(leaf if place.layers is None else leaf[number]))
+            values = _stored(place, leaf, on_host(leaf if place.layers is None else _layer(leaf, number)))
             yield name, np.ascontiguousarray(values.astype(dtype or values.dtype))
+
+
+@jax.jit
+def _layer(stack: Array, number: int) -> Array:
+    return jax.lax.dynamic_index_in_dim(stack, number, keepdims=False)
 
 
 def _stored(place: Place, leaf: Array, values: np.ndarray) -> np.ndarray:

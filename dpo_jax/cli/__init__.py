@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(words: list[str]) -> None:
     from dpo_jax.cli.catalogue import method, methods
-    from dpo_jax.cli.configs import parse, read_config, take_config_option, train_config_class
+    from dpo_jax.cli.configs import parse, read_config, take_config_option
 
     if not words or words[0] in ("-h", "--help"):
         print("usage: dpo-jax train METHOD [options]; `dpo-jax train METHOD --help` shows the options\n")
@@ -56,12 +56,16 @@ def _train(words: list[str]) -> None:
             raise UsageError("train needs a method")
         return
     chosen = method(words[0])
+    if chosen.wing == "language":
+        from dpo_jax.cli.configs import train_config_class
+        from dpo_jax.cli.train import train
+    else:
+        from dpo_jax.cli.image_configs import image_train_config_class as train_config_class
+        from dpo_jax.cli.image_train import train_images as train
     config_class = train_config_class(chosen)
     path, rest = take_config_option(words[1:])
     default = read_config(path, config_class, command="train", method=chosen.slug) if path else None
     config = parse(config_class, rest, prog=f"dpo-jax train {chosen.slug}", default=default)
-    from dpo_jax.cli.train import train
-
     train(chosen, config)
 
 

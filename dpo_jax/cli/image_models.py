@@ -1,0 +1,210 @@
+"""Diffusion models as the commands use them: a pipeline's configs opened, its parts loaded when they are wanted."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from dpo_jax.cli.image_configs import ImageModelConfig
+from dpo_jax.diffusion.models import mmdit, unet
+from dpo_jax.diffusion.models.folder import (
+    Pipeline,
+    denoiser_name,
+    load_autoencoder,
+    load_denoiser,
+    load_encoders,
+    open_pipeline,
+    predict_function,
+)
+from dpo_jax.diffusion.models.mmdit import MMDiTConfig
+from dpo_jax.diffusion.models.text import empty_text, encode_text
+from dpo_jax.diffusion.models.vae import autoencoder_function, from_latents, to_latents
+from dpo_jax.diffusion.process import Process
+from dpo_jax.diffusion.types import TextCondition
+from dpo_jax.sharding import BATCH_AXES, P, Rules, make_mesh, shard_batch
+from dpo_jax.types import Array, PyTree
+
+Entries = list[dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True, eq=False)
+class OpenPipeline:
+    """A pipeline whose weights are read later.
+
+    Attributes:
+      pipeline: its configs; the denoiser's says how it runs.
+    """
+
+    pipeline: Pipeline
+
+    @property
+    def config(self) -> Any:
+        """Of the denoiser."""
+        return self.pipeline.denoiser
+
+    @property
+    def process(self) -> Process:
+        """What the denoiser was trained to undo."""
+        return self.pipeline.noising.process
+
+    @property
+    def rules(self) -> Rules:
+        """Of the denoiser's layout."""
+        return self._module.RULES
+
+    @property
+    def abstract(self) -> PyTree:
+        """Shapes of the denoiser's variables."""
+        return self._module.abstract_variables(self.config)
+
+    @property
+    def table(self) -> Any:
+        """The denoiser's weight table."""
+        return self._module.weight_table(self.config)
+
+    @property
+    def _module(self) -> Any:
+        return mmdit if isinstance(self.config, MMDiTConfig) else unet
+
+    @property
+    def factor(self) -> int:
+        """Pixels to a side of a latent."""
+        return 1 if self.pipeline.autoencoder is None else self.pipeline.autoencoder.factor
+
+    @property
+    def resolution(self) -> int:
+        """Side of the images that the model was made for."""
+        return (self.config.sample_size or 64) * self.factor
+
+    @property
+    def size_step(self) -> int:
+        """Sides of images are multiples of this."""
+        config = self.config
+        deepest = config.patch_size if isinstance(config, MMDiTConfig) else 2 ** (len(config.block_out_channels) - 1)
+        return self.factor * deepest
+
+    @property
+    def wants_sizes(self) -> bool:
+        """Whether the model is told the sizes of images (SDXL)."""
+        return self.pipeline.kind == "sdxl"
+
+    def load(self, mesh: Mesh) -> PyTree:
+        """The denoiser's variables, read straight into their layout on the mesh."""
+        return load_denoiser(self.pipeline, mesh=mesh)
+
+    def fingerprint(self) -> str:
+        """Says which files the denoiser's variables come from: their names, sizes and times, but not their bytes."""
+        return self._fingerprint(denoiser_name(self.pipeline.kind))
+
+    def image_fingerprint(self) -> str:
+        """Says what latents are made by."""
+        return "pixels" if self.pipeline.autoencoder is None else self._fingerprint("vae")
+
+    def text_fingerprint(self) -> str:
+        """Says what text states are made by."""
+        return self._fingerprint("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+    def _fingerprint(self, *parts: str) -> str:
+        folder = self.pipeline.folder
+        files = (p for part in parts for p in sorted((folder / part).glob("*")) if p.is_file())
+        facts = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+        return hashlib.blake2b(repr((self.pipeline.kind, facts)).encode(), digest_size=12).hexdigest()
+
+
+def open_images(model: str, options: ImageModelConfig) -> OpenPipeline:
+    """Open a diffusers folder or hub id; reads configs and tokenizers, not yet weights.
+
+    Raises:
+      WeightsError: not a pipeline that can be read.
+    """
+    folder = Path(model)
+    # A run's folder stands for what it exported.
+    if (folder / "export" / "model_index.json").exists():
+        folder = folder / "export"
+    opened = open_pipeline(folder if folder.exists() else model)
+    denoiser = replace(opened.denoiser, dtype=options.dtype, param_dtype=options.param_dtype, remat=options.remat)
+    return OpenPipeline(replace(opened, denoiser=denoiser))
+
+
+def image_encoder(model: OpenPipeline, mesh: Mesh) -> Callable[[np.ndarray], Entries]:
+    """`encode(images float32 [N, H, W, 3])` gives the cache's entries of this process's images.
+
+    Latents of an autoencoder are its scaled mean beside the scaled standard deviation, in half precision; images of a
+    model without one are their own latents.
+    """
+    config = model.pipeline.autoencoder
+    if config is None:
+        return lambda images: [{"latents": np.asarray(image, np.float32)} for image in images]
+    variables, apply = load_autoencoder(model.pipeline, mesh=mesh), autoencoder_function(config)
+    assert config is not None
+
+    def moments(variables: PyTree, images: Array) -> tuple[Array, Array]:
+        posterior = apply(variables, images, method="encode")
+        spread = to_latents(config, jnp.exp(posterior.log_variance / 2)) - to_latents(config, jnp.zeros(()))
+        return to_latents(config, posterior.mean), spread
+
+    compiled = jax.jit(moments)
+
+    def encode(images: np.ndarray) -> Entries:
+        with jax.set_mesh(mesh):
+            said = compiled(variables, shard_batch(images, mesh))
+        own = multihost_utils.global_array_to_host_local_array(said, mesh, P(BATCH_AXES))
+        latents, spread = (np.asarray(x).astype(np.float16) for x in own)
+        return [{"latents": x, "spread": s} for x, s in zip(latents, spread)]
+
+    return encode
+
+
+def text_encoder(model: OpenPipeline) -> Callable[[Sequence[str], Sequence[np.ndarray | None]], Entries]:
+    """`encode(texts, t5 states)` gives the cache's entries of texts, on this process's first device."""
+    pipeline = model.pipeline
+    encoders = load_encoders(pipeline, mesh=make_mesh(devices=jax.local_devices()[:1]))
+
+    def encode(texts: Sequence[str], t5: Sequence[np.ndarray | None]) -> Entries:
+        if pipeline.kind == "sd3":
+            given = None if t5[0] is None else np.stack([np.asarray(states, np.float32) for states in t5])
+            return entries(encode_text(pipeline, encoders, list(texts), t5_states=given))
+        said = entries(encode_text(pipeline, encoders, list(texts)))
+        empty = entries(empty_text(pipeline, encoders)) if "" in texts else said
+        return [empty[0] if text == "" else entry for text, entry in zip(texts, said)]
+
+    def entries(said: TextCondition) -> Entries:
+        named = {"states": said.states, "pooled": said.pooled}
+        arrays = {name: np.asarray(array) for name, array in named.items() if array is not None}
+        return [{name: array[place] for name, array in arrays.items()} for place in range(len(said.states))]
+
+    return encode
+
+
+def empty_condition_of(entry: dict[str, np.ndarray], model: OpenPipeline) -> TextCondition:
+    """The empty caption's condition, leaves [1, ...], as a process keeps it."""
+    side = float(model.resolution)
+    sizes = np.array([[side, side, 0, 0, side, side]], np.float32) if model.wants_sizes else None
+    pooled = None if "pooled" not in entry else jnp.asarray(entry["pooled"])[None]
+    return TextCondition(jnp.asarray(entry["states"])[None], pooled, sizes)
+
+
+def image_decoder(model: OpenPipeline, mesh: Mesh) -> Callable[[Array], Array]:
+    """`decode(latents [N, h, w, C])` gives images float32 [N, H, W, 3] in [-1, 1]; to be called under the mesh."""
+    config = model.pipeline.autoencoder
+    if config is None:
+        return lambda latents: jnp.clip(latents, -1, 1)
+    variables, apply = load_autoencoder(model.pipeline, mesh=mesh), autoencoder_function(config)
+
+    def decode(variables: PyTree, latents: Array) -> Array:
+        return jnp.clip(apply(variables, from_latents(config, latents), method="decode"), -1, 1)
+
+    compiled = jax.jit(decode)
+    return lambda latents: compiled(variables, latents)
+
+
+def denoiser_function(model: OpenPipeline, adapters: PyTree = None) -> Callable[..., Array]:
+    """`predict(variables, latents, timesteps, condition)`, with adapters or without."""
+    return predict_function(model.pipeline, adapters)

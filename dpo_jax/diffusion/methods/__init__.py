@@ -7,6 +7,8 @@ from dpo_jax.diffusion.methods.d3po import d3po_loss as d3po_loss
 from dpo_jax.diffusion.methods.ddim_inpo import inpo_loss as inpo_loss
 from dpo_jax.diffusion.methods.ddpo import ddpo_loss as ddpo_loss
 from dpo_jax.diffusion.methods.ddpo import ddpo_sf_loss as ddpo_sf_loss
+from dpo_jax.diffusion.methods.densedpo import dense_dpo_loss as dense_dpo_loss
+from dpo_jax.diffusion.methods.densedpo import dense_dpo_sum_loss as dense_dpo_sum_loss
 from dpo_jax.diffusion.methods.diffusion_baselines import conservative_loss as conservative_loss
 from dpo_jax.diffusion.methods.diffusion_baselines import dpo_plus_sft_loss as dpo_plus_sft_loss
 from dpo_jax.diffusion.methods.diffusion_baselines import dspo_loss as dspo_loss
@@ -36,8 +38,11 @@ from dpo_jax.diffusion.methods.flow_grpo import grpo_kl_loss as grpo_kl_loss
 from dpo_jax.diffusion.methods.flow_grpo import grpo_loss as grpo_loss
 from dpo_jax.diffusion.methods.inversion_dpo import inversion_dpo_loss as inversion_dpo_loss
 from dpo_jax.diffusion.methods.mapo import mapo_loss as mapo_loss
+from dpo_jax.diffusion.methods.patchdpo import patchdpo_loss as patchdpo_loss
 from dpo_jax.diffusion.methods.rankdpo import rankdpo_loss as rankdpo_loss
 from dpo_jax.diffusion.methods.rankdpo import rankdpo_model_ranks_loss as rankdpo_model_ranks_loss
+from dpo_jax.diffusion.methods.self_npo import self_npo_loss as self_npo_loss
+from dpo_jax.diffusion.methods.self_npo import self_npo_velocity_loss as self_npo_velocity_loss
 from dpo_jax.diffusion.methods.smpo import smpo_loss as smpo_loss
 from dpo_jax.diffusion.methods.spo import spo_loss as spo_loss
 from dpo_jax.diffusion.methods.tailorpo import tailorpo_loss as tailorpo_loss

@@ -1,0 +1,140 @@
+"""ReNoise: inversion that asks the model again where it has arrived, averages its answers and keeps them like noise.
+
+Garibi et al. 2024, "ReNoise: Real Image Inversion Through Iterative Noising", arXiv 2403.14602 (ECCV 2024).
+Pan et al. 2023, "Effective Real Image Editing with Accelerated Iterative Diffusion Inversion", arXiv 2309.04907 (AIDI).
+Evidence: iteration, averages and regularisers from the official code; AIDI's acceleration is reconstructed.
+
+The iteration and its averages are `inversion.invert` with weights. Here is what acts on one prediction or step:
+
+    patch_divergence     sum over patches of | log(v* / v) + (v + (m - m*)^2) / v* - 1 |, moments of 4 x 4 patches
+    autocorrelation      mean(n roll(n, r))^2 along rows and columns, on halved images until a side is at most 8
+    edit_prediction      e <- e - rate clip(gradient): the two regularisers' step
+    accelerated_step     the fixed point of one inverted step by Anderson's mixing of two iterates
+    correcting_noise     the noise with which a stochastic step lands where the inversion came from
+
+The patches span all channels one by one; the published code's unfolding is the same for latents of 4 channels.
+
+>>> import jax.numpy as jnp
+>>> noise = jnp.arange(32.0).reshape(1, 4, 8, 1)
+>>> float(patch_divergence(noise, noise)[0])
+0.0
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax.diffusion.inversion import undo_step
+from dpo_jax.diffusion.schedule import per_example
+from dpo_jax.diffusion.types import Parameterisation, Predict, Step, Transition
+from dpo_jax.ops import safe_divide
+from dpo_jax.types import Array, PyTree
+
+
+def patch_divergence(prediction: Array, target: Array, *, patch: int = 4, floor: float = 1e-6) -> Array:
+    """Divergence of a prediction's patches from those of noise, each taken for Gaussian, float32 [B].
+
+    Args:
+      prediction, target: [B, H, W, C], sides multiples of the patch; the target is a constant.
+      patch: side of a patch; moments are of each patch and channel.
+      floor: added to variances.
+    """
+    mean, variance = _moments(prediction, patch)
+    target_mean, target_variance = (jax.lax.stop_gradient(x) for x in _moments(target, patch))
+    above = (variance + jnp.square(mean - target_mean)) / (target_variance + floor)
+    divergence = jnp.log((target_variance + floor) / (variance + floor)) + above - 1
+    return jnp.sum(jnp.abs(divergence), axis=(1, 2, 3))
+
+
+def _moments(image: Array, patch: int) -> tuple[Array, Array]:
+    """Means and unbiased variances of patches, [B, H, W, C] -> [B, H / patch, W / patch, C] each."""
+    b, h, w, c = image.shape
+    if h % patch or w % patch:
+        raise ValueError(f"latents of {h} x {w} are no patches of {patch}; give a patch that divides both")
+    tiles = image.astype(jnp.float32).reshape(b, h // patch, patch, w // patch, patch, c)
+    return jnp.mean(tiles, axis=(2, 4)), jnp.var(tiles, axis=(2, 4), ddof=1)
+
+
+def autocorrelation(noise: Array, key: Array, *, smallest: int = 8) -> Array:
+    """Squared correlations of noise with itself, shifted by a random number of rows and columns, float32 [B].
+
+    Args:
+      noise: [B, H, W, C], square.
+      key: of one shift below half the side at each level of the pyramid.
+      smallest: side at which the pyramid of means of 2 x 2 ends.
+    """
+    noise, total = noise.astype(jnp.float32), jnp.zeros(noise.shape[0], jnp.float32)
+    while True:
+        key, shift_key = jax.random.split(key)
+        b, side, _, c = noise.shape
+        shift = jax.random.randint(shift_key, (), 0, max(side // 2, 1))
+        for axis in (1, 2):
+            product = jnp.mean(noise * jnp.roll(noise, shift, axis=axis), axis=(1, 2))  # [B, C]
+            total = total + jnp.sum(jnp.square(product), axis=-1)
+        if side <= smallest:
+            return total
+        noise = jnp.mean(noise.reshape(b, side // 2, 2, side // 2, 2, c), axis=(2, 4))
+
+
+def edit_prediction(prediction: Array, regulariser: Callable[[Array], Array], *, rate: float, largest: float = 100.0):
+    """The prediction moved down a regulariser's gradient, e - rate clip(dJ / de), float32 [B, ...].
+
+    Args:
+      prediction: [B, ...].
+      regulariser: [B, ...] -> [B], such as `patch_divergence` with its target filled in (rate 0.065).
+      rate: of the step; for `autocorrelation` 20 / rolls, repeated with a key for each roll.
+      largest: absolute value at which each entry of the gradient is cut off.
+    """
+    prediction = prediction.astype(jnp.float32)
+    slope = jax.grad(lambda e: jnp.sum(regulariser(e)))(prediction)
+    return prediction - rate * jnp.clip(slope, -largest, largest)
+
+
+def accelerated_step(
+    predict: Predict,
+    latents: Array,
+    step: Step,
+    condition: PyTree = None,
+    *,
+    parameterisation: Parameterisation,
+    calls: int = 4,
+) -> Array:
+    """One step of a deterministic sampler undone by Anderson's mixing with a history of one, float32 [B, ...].
+
+    With G(y) = F(z, model(y)), r = G(y) - y of the last two iterates and theta = <r, r - r'> / |r - r'|^2 of each
+    example, y <- G(y) - theta (G(y) - G(y')). The fixed point is plain iteration's, and is reached sooner.
+
+    Args:
+      latents: z, [B, ...].
+      step: of the sampler, fields [] or [B].
+      condition, parameterisation: as in `inversion.invert`.
+      calls: of the model, at least 1; 1 is plain DDIM inversion.
+    """
+    if calls < 1:
+        raise ValueError(f"{calls} model calls; give at least 1")
+    start = latents.astype(jnp.float32)
+    times = jnp.broadcast_to(jnp.asarray(step.time, jnp.float32), start.shape[:1])
+    axes = tuple(range(1, start.ndim))
+
+    def image(guess: Array) -> Array:
+        return undo_step(start, predict(guess, times, condition), step, parameterisation)
+
+    def mix(carry: tuple[Array, Array, Array], _: None):
+        guess, last_image, last_residual = carry
+        now = image(guess)
+        residual = now - guess
+        change = residual - last_residual
+        theta = safe_divide(jnp.sum(residual * change, axis=axes), jnp.sum(jnp.square(change), axis=axes))
+        return (now - per_example(theta, now) * (now - last_image), now, residual), None
+
+    first = image(start)
+    if calls == 1:
+        return first
+    return jax.lax.scan(mix, (first, first, first - start), None, length=calls - 1)[0][0]
+
+
+def correcting_noise(given: Transition, value: Array) -> Array:
+    """The noise with which a stochastic step lands on a value, (value - mean) / std, float32; 0 for a certain step."""
+    std = jnp.broadcast_to(per_example(given.std, given.mean), given.mean.shape)
+    return safe_divide(value.astype(jnp.float32) - given.mean, std)

@@ -75,7 +75,7 @@ def check_options(method: Method, config: Any) -> None:
     ]
     if missing:
         raise UsageError(f"train {method.slug} needs {', '.join(missing)}")
-    for part in (config.adapters, config.data, config.loop, config.optimizer):
+    for part in (config.model, config.adapters, config.data, config.loop, config.optimizer):
         check_ranges(part)
     _check_optimizer(config.optimizer)
     _check_data_and_loop(config.data, config.loop)

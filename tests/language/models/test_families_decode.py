@@ -12,8 +12,8 @@ from dpo_jax.language.models.decoder import decoder_function, empty_cache, most_
 from dpo_jax.language.models.rope import in_long_trees
 from dpo_jax.language.models.weights import load_hf
 
-# Windows in all and in some layers, caps, two bases, partial rotation, learned positions.
-CACHED = ("qwen2_tied_window", "mistral", "gemma2", "gemma3", "phi", "gpt2")
+# Windows in all and in some layers, caps, two bases, partial rotation, learned positions, experts.
+CACHED = ("qwen2_tied_window", "mistral", "gemma2", "gemma3", "phi", "gpt2", "qwen3_moe_renormalized")
 
 
 @pytest.mark.parametrize("variant", CACHED)

@@ -45,6 +45,13 @@ def changed(variant, **changes):
         ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 0.4}}, "rotary_pct is 0.4"),
         ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 2}}, "rotary_pct is 2"),
         ("gpt_neox", {"num_attention_heads": 3}, "num_attention_heads is 3"),
+        (
+            "qwen3_moe",
+            {"decoder_sparse_step": 2, "mlp_only_layers": [0]},
+            "decoder_sparse_step 2, mlp_only_layers [0]: not supported",
+        ),
+        ("qwen3_moe", {"num_experts_per_tok": 0}, "num_experts_per_tok is 0"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise 0.1: not supported"),
         ("gpt2", {"n_head": 3}, "n_head is 3"),
         ("gpt2", {"n_embd": None, "n_layer": None}, "the keys n_embd, n_layer are missing"),
         (

@@ -18,7 +18,7 @@ NEW, EOS = 12, 5
 FIXTURES = [weights.parent for weights in sorted(FOLDER.parent.glob("*/*/model.safetensors"))]
 
 
-QUICK = {"plain", "gemma2"}  # the rest is as quick, but there are many
+QUICK = {"plain", "gemma2", "qwen3_moe"}  # the rest is as quick, but there are many
 
 
 @pytest.mark.parametrize(

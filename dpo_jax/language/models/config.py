@@ -20,8 +20,8 @@ class DecoderConfig:
       initializer_range: standard deviation of random kernels and embeddings.
       dtype: type of the computation; norms, rotations, softmax and log-probs are float32.
       param_dtype: type of the parameters.
-      remat: what a layer's backward pass computes again: "none", "dots" (all but matrix products; those of experts
-        too), "full".
+      remat: what a layer's backward pass computes again: "none", "dots" (all but matrix products, though those of
+        experts too), "full".
       family: whose checkpoints it is read from and written as, such as "llama" or "qwen2".
       qkv_bias: biases in query, key and value, also where the attention has no others.
       head_bias: a bias for each word of the vocabulary.

@@ -60,7 +60,7 @@ def test_torch_reads_an_export_and_gives_equal_logits(variant, tmp_path):
     assert np.abs(got - np.load(FOLDER / variant / "expected.npz")["logits"]).max() > 0.05
 
 
-REWARDS = ("qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "phi", "gpt_neox", "gpt2")
+REWARDS = ("qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "phi", "gpt_neox", "gpt2", "qwen3_moe", "mixtral")
 
 
 @pytest.mark.parametrize("variant", REWARDS)

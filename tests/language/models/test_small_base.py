@@ -111,6 +111,41 @@ def test_steps_on_meshes_are_those_of_one_device(kind, capfd):
     assert state.frozen["layers"]["attention"]["query"]["kernel"][kind].sharding.spec == spec
 
 
+def products(jaxpr):
+    """Shapes of the results of all matrix products in a program, loops and calls included."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation.outvars[0].aval.shape
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from products(inner)
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "nf4"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_no_product_has_the_size_of_a_kernel(kind, dora):
+    config = replace(TINY, hidden_size=48, intermediate_size=80, head_dim=10)
+    rows, base = [np.zeros((2, 7), np.int32)] * 3, abstract_variables(config)
+    lora = LoraConfig(rank=3, dora=dora)
+    adapters = jax.eval_shape(lambda key, v: init_adapters(key, v, lora), jax.random.key(0), base)
+    small = base if kind is None else jax.eval_shape(partial(quantize_kernels, kind=kind), base)
+    function = decoder_function(config, adapters, kernels=kind)
+
+    def total(adapters, small):
+        return jnp.sum(function(with_adapters(small, adapters), *rows).hidden)
+
+    def shapes(function, *arguments):
+        return {tuple(sorted(shape)) for shape in products(jax.make_jaxpr(jax.grad(function))(*arguments).jaxpr)}
+
+    kernels = {tuple(sorted(leaf.shape[1:])) for name, leaf in named_leaves(base).items() if name.endswith("kernel")}
+    assert kernels == {(40, 48), (20, 48), (48, 80)}
+    assert not shapes(total, adapters, small) & kernels
+    # A model that is trained whole has them all.
+    plain = decoder_function(config)
+    assert kernels <= shapes(lambda base: jnp.sum(plain(base, *rows).hidden), base)
+
+
 @pytest.mark.slow
 def test_the_compiled_gradient_holds_less():
     config = replace(WIDE, layers=4)

@@ -196,14 +196,19 @@ def attend(query: Array, key: Array, value: Array, *, mask: Array | None = None,
         seen = jax.nn.dot_product_attention(query, key, value, is_causal=causal, implementation="cudnn")
         return seen.reshape(*query.shape[:2], -1)
 
+    # Heads first: on CPU products of matrices that lie together take half the time.
+    key, value = jnp.moveaxis(key, 2, 1), jnp.moveaxis(value, 2, 1)
+
     def block(query: Array, first: Array | int) -> Array:
-        scores = jnp.einsum("blhd,bshd->bhls", query, key, preferred_element_type=jnp.float32) / math.sqrt(size)
-        if mask is not None:
-            scores = jnp.where(mask[:, None, None, :], scores, -jnp.inf)
+        near = jnp.moveaxis(query, 2, 1)  # [B, L, H, Dh] -> [B, H, L, Dh]
+        scores = jnp.einsum("bhld,bhsd->bhls", near, key, preferred_element_type=jnp.float32) / math.sqrt(size)
+        if mask is not None:  # finite: who sees nothing at all sees the mean, and no NaN
+            scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
         if causal:
-            place = first + jnp.arange(query.shape[1])
-            scores = jnp.where(jnp.arange(key.shape[1]) <= place[:, None], scores, -jnp.inf)
-        return jnp.einsum("bhls,bshd->blhd", jax.nn.softmax(scores).astype(value.dtype), value)
+            place = first + jnp.arange(near.shape[2])
+            scores = jnp.where(jnp.arange(key.shape[2]) <= place[:, None], scores, -jnp.inf)
+        seen = jnp.einsum("bhls,bhsd->bhld", jax.nn.softmax(scores).astype(value.dtype), value)
+        return jnp.moveaxis(seen, 1, 2)
 
     if length <= _QUERIES or length % _QUERIES:
         seen = block(query, 0)

@@ -104,7 +104,7 @@ def check_tensors(
       expected: name -> shape.
       tensors: of `open_tensors`.
       may_miss: expected ones that need not be there.
-      passed_over: whether a surplus one is nothing wrong.
+      passed_over: whether a surplus one is nothing wrong, of whatever type.
 
     Raises:
       WeightsError: that error.
@@ -126,7 +126,8 @@ def check_tensors(
             if names
         ]
         raise WeightsError(f"{folder}: the tensors do not fit config.json; {'; '.join(parts)}")
-    if odd := sorted({f"{name} ({t.get_dtype()})" for name, t in tensors.items() if t.get_dtype() not in DTYPES}):
+    read = {name: tensor.get_dtype() for name, tensor in tensors.items() if name in expected}
+    if odd := sorted(f"{name} ({dtype})" for name, dtype in read.items() if dtype not in DTYPES):
         raise WeightsError(
             f"{folder}: tensors of unknown type: {', '.join(odd[:_SHOWN])}; expected {', '.join(DTYPES)}"
         )

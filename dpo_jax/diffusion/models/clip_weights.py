@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from dpo_jax.diffusion.models.clip import RULES, abstract_variables, weight_table
 from dpo_jax.diffusion.models.clip_config import ClipConfig
 from dpo_jax.diffusion.models.layers import Types
-from dpo_jax.diffusion.models.table import tensor_names, tensor_shapes
-from dpo_jax.sharding import Rules, make_mesh, spec_for
-from dpo_jax.tree import map_named
-from dpo_jax.types import Array, PyTree
-from dpo_jax.weights import check_tensors, read_stack, read_tensor
+from dpo_jax.diffusion.models.weights import read_variables
+from dpo_jax.sharding import Rules, make_mesh
+from dpo_jax.types import PyTree
 
 _FLOAT32 = Types()
 _OPENAI = "visual.conv1.weight"  # a name of OpenAI's and OpenCLIP's layout alone
@@ -41,8 +39,12 @@ _RENAMES = (
     (r"\.ln_post\.", ".post_layernorm."),
     (r"\.ln_final\.", ".final_layer_norm."),
 )
-# Buffers and sizes that files hold and no model reads.
-_IGNORED = re.compile(r"position_ids$|attn_mask$|^(input_resolution|context_length|vocab_size)$")
+_BUFFERS = re.compile(r"position_ids$|attn_mask$|^(input_resolution|context_length|vocab_size)$")
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor of a file is one that no model reads, such as the places 0 to 76 that old files hold."""
+    return _BUFFERS.search(name) is not None
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def as_transformers(tensors: Mapping[str, Any]) -> dict[str, Any]:
     Args:
       tensors: of `dpo_jax.weights.open_tensors`, in either layout.
     """
-    tensors = {name: tensor for name, tensor in tensors.items() if not _IGNORED.search(name)}
+    tensors = {name: tensor for name, tensor in tensors.items() if not is_buffer(name)}
     if _OPENAI not in tensors:
         return tensors
     found: dict[str, Any] = {}
@@ -137,14 +139,4 @@ def read_clip(
     if other:
         other.append("logit_scale")
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(tuple(other))}
-    check_tensors(place, tensor_shapes(table, abstract), tensors)
-
-    def read(path: str, leaf: jax.ShapeDtypeStruct) -> Array:
-        sharding = NamedSharding(mesh, spec_for(path, leaf.shape, rules, mesh))
-        where = table[path]
-        stacked = [tensors[name] for name in tensor_names(where)]
-        if where.layers is None:
-            return read_tensor(stacked[0], leaf.shape, leaf.dtype, sharding, axes=where.axes)
-        return read_stack(stacked, (len(stacked),), leaf.shape, leaf.dtype, sharding, axes=where.axes)
-
-    return map_named(read, abstract)
+    return read_variables(tensors, abstract, table, place=place, mesh=mesh, rules=rules)

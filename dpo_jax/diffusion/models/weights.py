@@ -62,17 +62,35 @@ def load_model(
     folder = Path(folder)
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
     with open_tensors(find_files(folder)) as tensors:
-        check_tensors(folder, tensor_shapes(table, abstract), tensors, passed_over=passed_over)
+        return read_variables(tensors, abstract, table, place=folder, mesh=mesh, rules=rules, passed_over=passed_over)
 
-        def read(path: str, leaf: jax.ShapeDtypeStruct) -> Array:
-            sharding = NamedSharding(mesh, spec_for(path, leaf.shape, rules, mesh))
-            place = table[path]
-            if place.layers is None:
-                return read_tensor(tensors[place.name], leaf.shape, leaf.dtype, sharding, axes=place.axes)
-            stacked = [tensors[name] for name in tensor_names(place)]
-            return read_stack(stacked, (len(stacked),), leaf.shape, leaf.dtype, sharding, axes=place.axes)
 
-        return map_named(read, abstract)
+def read_variables(
+    tensors: Mapping[str, Any],
+    abstract: PyTree,
+    table: Table,
+    *,
+    place: Path,
+    mesh: Mesh,
+    rules: Rules = (),
+    passed_over: Callable[[str], bool] = lambda name: False,
+) -> PyTree:
+    """As `load_model`, from lazy tensors (`dpo_jax.weights.open_tensors`) whose files are open.
+
+    Args:
+      place: of the files, for errors.
+    """
+    check_tensors(place, tensor_shapes(table, abstract), tensors, passed_over=passed_over)
+
+    def read(path: str, leaf: jax.ShapeDtypeStruct) -> Array:
+        sharding = NamedSharding(mesh, spec_for(path, leaf.shape, rules, mesh))
+        where = table[path]
+        if where.layers is None:
+            return read_tensor(tensors[where.name], leaf.shape, leaf.dtype, sharding, axes=where.axes)
+        stacked = [tensors[name] for name in tensor_names(where)]
+        return read_stack(stacked, (len(stacked),), leaf.shape, leaf.dtype, sharding, axes=where.axes)
+
+    return map_named(read, abstract)
 
 
 def save_model(
@@ -121,7 +139,8 @@ def model_tensors(variables: PyTree, table: Table, dtype: Any = None) -> Iterato
         place = table[path]
         for number, name in enumerate(tensor_names(place)):
             values = _stored(place, leaf, on_host(leaf if place.layers is None else _layer(leaf, number)))
-            yield name, np.ascontiguousarray(values.astype(dtype or values.dtype))
+            # Not ascontiguousarray, which makes [1] of a scalar.
+            yield name, np.asarray(values, dtype or values.dtype, order="C")
 
 
 @jax.jit

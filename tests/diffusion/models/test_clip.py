@@ -12,8 +12,10 @@ from make_clip_fixtures import END, FOLDER, PUBLISHED, VARIANTS, ids, images, pu
 
 from dpo_jax.diffusion.models import clip
 from dpo_jax.diffusion.models.clip_config import VIT_H_14, VIT_L_14, config_from_dict, config_to_dict
+from dpo_jax.diffusion.models.clip_weights import is_buffer
 from dpo_jax.diffusion.models.layers import Types
 from dpo_jax.diffusion.models.table import tensor_shapes
+from dpo_jax.diffusion.models.weights import TRANSFORMERS, load_model, save_model
 from dpo_jax.keys import WeightsError
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -187,3 +189,51 @@ def test_adapters_of_a_tower():
     found = jax.jit(functools.partial(apply, method="text"))(with_adapters(variables, adapters), ids())
     base = clip.clip_function(config)(variables, ids(), method="text")
     assert np.abs(found.last - base.last).max() > 1e-3
+
+
+# Files
+
+
+def write_file(folder, variant):
+    """A folder as older releases have it: half precision, and a buffer beside the weights."""
+    from safetensors.numpy import save_file
+
+    config = config_from_dict(VARIANTS[variant])
+    tensors = {name: tensor(name, shape).astype(np.float16) for name, shape in shapes(config).items()}
+    buffer = {"text_model.embeddings.position_ids": np.arange(9)[None]}
+    save_file(tensors | buffer, folder / "model.safetensors")
+    return config
+
+
+@pytest.mark.parametrize("variant", ["text", "both"])
+def test_files_are_read_and_written(variant, tmp_path):
+    config = write_file(tmp_path, variant)
+    table, abstract = clip.weight_table(config), clip.abstract_variables(config)
+    found = load_model(tmp_path, abstract, table, rules=clip.RULES, passed_over=is_buffer)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found, model(variant)[1])
+    save_model(tmp_path / "out", found, table, config_to_dict(config), stem=TRANSFORMERS)
+    again = load_model(tmp_path / "out", abstract, table)
+    jax.tree.map(np.testing.assert_array_equal, again, found)
+    with pytest.raises(WeightsError, match=r"1 surplus: text_model.embeddings.position_ids"):
+        load_model(tmp_path, abstract, table)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_installed_library_reads_what_is_written(variant, tmp_path):
+    torch = pytest.importorskip("torch", reason="compares with torch")
+    import transformers
+
+    config, variables = model(variant)
+    save_model(tmp_path, variables, clip.weight_table(config), config_to_dict(config), stem=TRANSFORMERS)
+    theirs = getattr(transformers, VARIANTS[variant]["architectures"][0]).from_pretrained(tmp_path)
+    apply = clip.clip_function(config)
+    with torch.no_grad():
+        if config.text is not None:
+            call = theirs.get_text_features if config.vision is not None else theirs
+            last = call(torch.tensor(ids(), dtype=torch.long)).last_hidden_state
+            np.testing.assert_allclose(apply(variables, ids(), method="text").last, last, **CLOSE)
+        if config.vision is not None:
+            call = theirs.get_image_features if config.text is not None else theirs
+            last = call(torch.tensor(images()).permute(0, 3, 1, 2)).last_hidden_state
+            np.testing.assert_allclose(apply(variables, images(), method="vision").layers[-1], last, **CLOSE)

@@ -12,9 +12,9 @@ usage: dpo-jax COMMAND [options]; `dpo-jax COMMAND --help` shows the options
 
   demo      the whole way on a synthetic task with an exact judge, in minutes, without a network
   train     train a METHOD on a model and preference data; the same command continues a run
-  evaluate  reward accuracy, margin, KL to the reference, log-probs and lengths on pairs
-  generate  completions of prompts, by sampling or beam search, to a file or at the terminal
-  export    write a checkpoint of a run as a Hugging Face folder
+  evaluate  reward accuracy, margin, KL, log-probs and lengths on pairs; rewards and win rates of images
+  generate  completions of prompts, by sampling or beam search, or images of prompts
+  export    write a checkpoint of a run as a Hugging Face or diffusers folder
   methods   the losses that can be trained
 """
 
@@ -71,6 +71,12 @@ def _train(words: list[str]) -> None:
 
 def _evaluate(words: list[str]) -> None:
     from dpo_jax.cli.configs import parse
+
+    if _of_images(words):
+        from dpo_jax.cli.image_evaluate import ImageEvaluateConfig, evaluate_images
+
+        evaluate_images(parse(ImageEvaluateConfig, words, prog="dpo-jax evaluate"))
+        return
     from dpo_jax.cli.evaluate import EvaluateConfig, evaluate_command
 
     evaluate_command(parse(EvaluateConfig, words, prog="dpo-jax evaluate"))
@@ -78,9 +84,40 @@ def _evaluate(words: list[str]) -> None:
 
 def _generate(words: list[str]) -> None:
     from dpo_jax.cli.configs import parse
+
+    if _of_images(words):
+        from dpo_jax.cli.image_generate import ImageGenerateConfig, generate_images
+
+        generate_images(parse(ImageGenerateConfig, words, prog="dpo-jax generate"))
+        return
     from dpo_jax.cli.generate import GenerateConfig, generate_command
 
     generate_command(parse(GenerateConfig, words, prog="dpo-jax generate"))
+
+
+def _of_images(words: list[str]) -> bool:
+    """Whether the model that the options name is a pipeline of images; a folder says so itself, a hub id is asked."""
+    import re
+    from itertools import pairwise
+    from pathlib import Path
+
+    named = [word.partition("=")[2] for word in words if word.startswith("--model=")]
+    named += [after for word, after in pairwise(words) if word == "--model"]
+    if not named:
+        return False
+    index, folder = "model_index.json", Path(named[-1])
+    if folder.exists():
+        return (folder / index).exists() or (folder / "export" / index).exists()
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", named[-1]):
+        return False
+    from huggingface_hub import file_exists, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(named[-1], index), str):
+        return True
+    try:
+        return file_exists(named[-1], index)
+    except Exception:  # no network: opening the model will say so
+        return False
 
 
 def _export(words: list[str]) -> None:

@@ -15,9 +15,9 @@ from dpo_jax.language.models.adapters import LoadedAdapter, check_names, load_ad
 from dpo_jax.language.models.decoder import abstract_variables, decoder_function
 from dpo_jax.language.models.weights import save_hf
 from dpo_jax.lora import LoraConfig, init_adapters, is_trainable, merge, split_adapters, with_adapters
-from dpo_jax.quantize import Kind, dequantize_kernels, quantize, quantize_kernels
+from dpo_jax.quantize import Kind, dequantize_kernels, quantize_kernels
 from dpo_jax.report import human_bytes
-from dpo_jax.tree import map_named, named_leaves, partition, tree_bytes
+from dpo_jax.tree import named_leaves, partition, tree_bytes
 from dpo_jax.types import Array, PyTree
 
 _HEAD = "score"
@@ -28,18 +28,16 @@ class Adapted:
     """What is trained of a model, and how its variables come about.
 
     Attributes:
-      model: with the adapted model's function.
+      model: with the adapted model's function; it keeps the base's kernels as the options say.
       abstract: shapes of the variables, adapters among them.
-      complete: `(base variables, key) -> variables` at the start of a run; it may use the base up.
+      complete: `(base variables, key) -> variables` at the start of a run.
       rslora: how alpha and scale belong together; None where the whole model is trained.
-      kernels: how those of the base are kept; None as they are read.
     """
 
     model: OpenModel
     abstract: PyTree
     complete: Callable[[PyTree, Array], PyTree]
     rslora: bool | None = None
-    kernels: Kind | None = None
 
     def trainable(self, name: str) -> bool:
         """Whether a variable is trained: all of them, or adapters and a reward model's head."""
@@ -71,19 +69,15 @@ def adapted_model(model: OpenModel, options: AdapterConfig) -> Adapted:
     return _adapted(model, options, abstract, lambda v, key: with_adapters(v, jax.jit(make)(key, v)), config.rslora)
 
 
-def _adapted(model: OpenModel, options: AdapterConfig, adapters: PyTree, join: Callable, rslora: bool) -> Adapted:
+def _adapted(model: OpenModel, options: AdapterConfig, adapters: PyTree, complete: Callable, rslora: bool) -> Adapted:
     # Known before a long run, not after it.
     check_names(model.config, adapters)
     kernels = None if options.base_quantization == "none" else options.base_quantization
     whole = abstract_variables(model.config)
     base = whole if kernels is None else _abstract_small(whole, kernels)
     adapters = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), adapters)
-    model = replace(model, apply_fn=decoder_function(model.config, adapters, kernels=kernels))
-
-    def complete(variables: PyTree, key: Array) -> PyTree:
-        return join(variables if kernels is None else _small(variables, kernels), key)
-
-    adapted = Adapted(model, with_adapters(base, adapters), complete, rslora, kernels)
+    model = replace(model, apply_fn=decoder_function(model.config, adapters, kernels=kernels), kernels=kernels)
+    adapted = Adapted(model, with_adapters(base, adapters), complete, rslora)
     count = sum(leaf.size for name, leaf in named_leaves(adapted.abstract).items() if adapted.trainable(name))
     size = sum(leaf.size for leaf in jax.tree.leaves(whole))
     say(f"training adapters: {count:,} parameters beside {size:,} frozen ones ({count / size:.2%})")
@@ -100,20 +94,6 @@ def _abstract_small(base: PyTree, kernels: Kind) -> PyTree:
         return jax.eval_shape(lambda variables: quantize_kernels(variables, kernels), base)
     except ValueError as error:
         raise UsageError(f"--base-quantization {kernels}: {error}") from error
-
-
-def _small(variables: PyTree, kernels: Kind) -> PyTree:
-    """Variables with small kernels; those that were read are given up one after another."""
-    small = jax.jit(quantize, static_argnums=1)
-
-    def one(name: str, leaf: Array) -> PyTree:
-        if name.rsplit("/", 1)[-1] != "kernel":
-            return leaf
-        parts = jax.block_until_ready(small(leaf, kernels))
-        leaf.delete()
-        return parts
-
-    return map_named(one, variables)
 
 
 def _with_loaded(variables: PyTree, loaded: LoadedAdapter) -> PyTree:
@@ -145,7 +125,7 @@ def write_model(adapted: Adapted, variables: PyTree, folder: Path, adapter_folde
         learned: Any = {_HEAD: variables[_HEAD]} if _HEAD in variables else None
         save_adapter(adapter_folder, model.config, adapters, learned=learned, rslora=adapted.rslora, base=base)
         say(f"adapter exported to {adapter_folder}")
-        variables = jax.jit(merge)(variables if adapted.kernels is None else _on_read_base(model, variables))
+        variables = jax.jit(merge)(variables if model.kernels is None else _on_read_base(model, variables))
     save_hf(folder, model.config, variables, source=model.folder, dtype=model.config.param_dtype)
 
 
@@ -153,7 +133,7 @@ def _on_read_base(model: OpenModel, variables: PyTree) -> PyTree:
     """The adapted variables on kernels as they are in the checkpoint."""
     layout = jax.tree.leaves(variables)[0].sharding
     assert isinstance(layout, NamedSharding) and isinstance(layout.mesh, Mesh)
-    base, adapters = model.load(layout.mesh), split_adapters(variables)[1]
+    base, adapters = replace(model, kernels=None).load(layout.mesh), split_adapters(variables)[1]
     return with_adapters(with_adapters(base, {name: variables[name] for name in variables if name == _HEAD}), adapters)
 
 

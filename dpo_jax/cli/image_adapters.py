@@ -40,6 +40,11 @@ class AdaptedPipeline:
         """Whether a variable is trained."""
         return is_trainable(name) if self.adapters else mmdit.is_trainable(name)
 
+    @property
+    def holds_frozen(self) -> bool:
+        """Whether some variable is not trained."""
+        return not all(map(self.trainable, named_leaves(self.abstract)))
+
 
 def adapted_pipeline(model: OpenPipeline, options: ImageAdapterConfig) -> AdaptedPipeline:
     """The pipeline with the adapters that the options ask for, or as it is.

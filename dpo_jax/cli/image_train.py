@@ -162,7 +162,7 @@ def job_of(method: Method, config: Any, adapted: AdaptedPipeline, data: Prepared
         abstract=adapted.abstract,
         trainable=adapted.trainable,
         variables=variables,
-        frozen_part=(lambda variables: frozen_part(adapted, variables)) if adapted.adapters else None,
+        frozen_part=(lambda variables: frozen_part(adapted, variables)) if adapted.holds_frozen else None,
         fingerprint=model.fingerprint(),
         reference=needs_reference(method.loss, method.inputs),
         other_reference=other_reference if config.model.reference_model is not None else None,

@@ -13,6 +13,7 @@ from dpo_jax.cli.console import UsageError
 from dpo_jax.language.models.decoder import DecoderConfig, decoder_function
 from dpo_jax.language.models.folder import WeightsError, config_from_hf, load_tokenizer, local_folder, read_config
 from dpo_jax.language.models.weights import load_hf
+from dpo_jax.quantize import Kind
 from dpo_jax.types import PyTree
 
 
@@ -25,16 +26,18 @@ class OpenModel:
       config: of the decoder.
       apply_fn: `(variables, tokens, positions, subtree_end) -> Prediction`.
       tokenizer: of transformers.
+      kernels: how `load` keeps those of the layers; None as they are.
     """
 
     folder: Path
     config: DecoderConfig
     apply_fn: Callable[..., Any]
     tokenizer: Any
+    kernels: Kind | None = None
 
     def load(self, mesh: Mesh) -> PyTree:
         """The variables, read straight into their layout on the mesh."""
-        return load_hf(self.folder, config=self.config, mesh=mesh)[1]
+        return load_hf(self.folder, config=self.config, mesh=mesh, kernels=self.kernels)[1]
 
     def fingerprint(self) -> str:
         """Changes when the weights' files do: names, sizes and times of change."""

@@ -1,0 +1,129 @@
+"""`dpo-jax evaluate` for diffusion models: what rewards say of their images, before and after, on shared seeds."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from dpo_jax.cli.checks import check_ranges, mesh_of
+from dpo_jax.cli.configs import MeshConfig
+from dpo_jax.cli.console import OutputConfig, UsageError, result, say
+from dpo_jax.cli.image_configs import ImageModelConfig
+from dpo_jax.cli.image_generate import conditions_of, load_with_adapter, read_prompts, write_images
+from dpo_jax.cli.image_models import open_images
+from dpo_jax.cli.image_sampling import ImageSampler, SamplingConfig
+from dpo_jax.cli.processes import is_first, join_processes
+from dpo_jax.diffusion.rewards.load import load_reward
+from dpo_jax.diffusion.rewards.scores import win_rate
+from dpo_jax.report import table
+from dpo_jax.statistics import wilson_interval
+
+
+@dataclass(frozen=True)
+class ImageEvaluateConfig:
+    """Rewards of a model's images, their diversity, and how often they beat another model's on the same seeds."""
+
+    model: str
+    """Folder of a diffusers pipeline, a hub id, or the folder of a run (its export)."""
+    data: tuple[str, ...] = ()
+    """Files of rows with a caption or prompt, JSONL or JSONL.gz, or folders with metadata.jsonl."""
+    prompt: tuple[str, ...] = ()
+    """Prompts."""
+    reference_model: str | None = None
+    """The model that it was trained from, for win rates."""
+    adapter: str | None = None
+    """File or folder of an adapter of the model, in diffusers' naming."""
+    reward: tuple[Literal["pickscore", "hps", "clip", "aesthetic"], ...] = ()
+    """Rewards, each of the folder in the same place of --reward-model."""
+    reward_model: tuple[str, ...] = ()
+    """Folders with the rewards' weights (safetensors)."""
+    samples: int = 1
+    """Images of each prompt; diversity needs at least 2."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    seed: int = 0
+    """Of all noise, the same for both models."""
+    out: str | None = None
+    """Folder for the images; they are not kept without it."""
+    batch_size: int = 8
+    """Images at a time."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type that the denoisers compute in."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+
+def evaluate_images(config: ImageEvaluateConfig) -> None:
+    """Draw, score and print.
+
+    Raises:
+      UsageError: options missing, out of range or without effect; a reference of another shape.
+    """
+    check_ranges(config)
+    check_ranges(config.sampling)
+    if config.samples < 1:
+        raise UsageError(f"--samples is {config.samples}; give at least 1")
+    if len(config.reward) != len(config.reward_model):
+        raise UsageError(f"{len(config.reward)} rewards and {len(config.reward_model)} folders; give one for each")
+    prompts = [*config.prompt, *read_prompts(config.data)]
+    if not prompts:
+        raise UsageError("evaluate needs prompts: give --prompt or --data")
+    if not config.reward and config.samples < 2:
+        raise UsageError("nothing to measure: give --reward with --reward-model, or --samples of at least 2")
+    if config.mesh.distributed:
+        join_processes()
+    mesh = mesh_of(config.mesh)
+    options = ImageModelConfig(dtype=config.dtype, param_dtype=config.dtype)
+    model = open_images(config.model, options)
+    folders = {"model": (model, config.adapter)}
+    if config.reference_model is not None:
+        other = open_images(config.reference_model, options)
+        if other.config != model.config:
+            raise UsageError(f"{config.reference_model} has another shape than {config.model}")
+        folders["reference"] = (other, None)
+    sampler = ImageSampler(model, config.sampling, mesh, batch_size=config.batch_size)
+    conditions, empty = conditions_of(model, prompts, config.sampling)
+    repeated = [condition for condition in conditions for _ in range(config.samples)]
+    images: dict[str, np.ndarray] = {}
+    for name, (opened, adapter) in folders.items():
+        say(f"{len(repeated)} images of {opened.pipeline.folder}")
+        variables = load_with_adapter(opened, adapter, mesh)
+        images[name] = sampler(variables, repeated, empty, range(len(repeated)), config.seed)
+        if config.out is not None and is_first():
+            write_images(Path(config.out) / name, prompts, images[name], config.samples, config.seed)
+    texts = [prompt for prompt in prompts for _ in range(config.samples)]
+    values: dict[str, float] = {"prompts": len(prompts), "images": len(texts)}
+    for name, drawn in images.items():
+        if config.samples > 1:
+            values[f"{name}_diversity"] = diversity(drawn, config.samples)
+    for name, folder in zip(config.reward, config.reward_model):
+        reward = load_reward(name, folder, mesh)
+        scores = {which: reward.score(list(drawn), texts) for which, drawn in images.items()}
+        for which, numbers in scores.items():
+            values[f"{which}_{name}"] = float(np.mean(numbers))
+        if "reference" in scores:
+            values |= win_rates(name, scores["model"], scores["reference"])
+    if is_first():
+        text = table([(name, f"{value:.4f}") for name, value in values.items()], ("measure", "value"))
+        result({"model": config.model, **values}, text, as_json=config.output.json)
+
+
+def diversity(images: np.ndarray, samples: int) -> float:
+    """Mean root mean squared difference, in units of the range of colours, between two images of one prompt.
+
+    Args:
+      images: uint8 [N * samples, H, W, 3], those of a prompt being neighbours.
+      samples: at least 2.
+    """
+    several = images.reshape(-1, samples, int(np.prod(images.shape[1:]))).astype(np.float64) / 255
+    pairs = [(i, j) for i in range(samples) for j in range(i)]
+    gaps = [np.sqrt(np.square(several[:, i] - several[:, j]).mean(-1)) for i, j in pairs]
+    return float(np.mean(gaps))
+
+
+def win_rates(name: str, scores: np.ndarray, others: np.ndarray) -> dict[str, float]:
+    """Share of images that score above the other model's of the same noise, ties counting half, and its interval."""
+    compared = win_rate(scores, others)
+    rate = compared.wins + compared.ties / 2
+    low, high = wilson_interval(rate * len(scores), len(scores))
+    return {f"{name}_win_rate": rate, f"{name}_win_rate_low": low, f"{name}_win_rate_high": high}

@@ -21,6 +21,7 @@ from dpo_jax.language.models.folder import (
     local_folder,
     read_config,
 )
+from dpo_jax.quantize import Kind, quantize
 from dpo_jax.sharding import Rules, make_mesh, spec_for
 from dpo_jax.tree import map_named, named_leaves
 from dpo_jax.types import Array, PyTree
@@ -118,6 +119,7 @@ def load_hf(
     config: DecoderConfig | None = None,
     mesh: Mesh | None = None,
     rules: Rules = RULES,
+    kernels: Kind | None = None,
 ) -> tuple[DecoderConfig, PyTree]:
     """Read a checkpoint straight into its layout on a mesh; the host holds about one tensor at a time.
 
@@ -127,6 +129,7 @@ def load_hf(
         language model gets a new reward head, the same in every call.
       mesh: by default the first device alone.
       rules: of the layout.
+      kernels: kept in few bits (`dpo_jax.quantize`), of which one at a time is whole; None as they are.
 
     Returns:
       The config, and the variables in the config's `param_dtype`.
@@ -160,7 +163,15 @@ def load_hf(
                 return read_stack(found, lead, leaf.shape, leaf.dtype, sharding, **how)
             return read_tensor(tensors[names[0]], leaf.shape, leaf.dtype, sharding, **how)
 
-        return config, map_named(read, abstract)
+        def kept(path: str, leaf: jax.ShapeDtypeStruct) -> PyTree:
+            if kernels is None or not path.endswith("/kernel"):
+                return read(path, leaf)
+            return jax.block_until_ready(_quantized(read(path, leaf), kernels))
+
+        return config, map_named(kept, abstract)
+
+
+_quantized = jax.jit(quantize, static_argnums=1)
 
 
 def save_hf(

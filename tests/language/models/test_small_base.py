@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from make_family_fixtures import FOLDER
 from test_lora_training import ALONE, LORA, TINY, WIDE, start, steps_of
 
 from dpo_jax.language.models.decoder import abstract_variables, decoder_function, init_variables
+from dpo_jax.language.models.weights import load_hf
 from dpo_jax.lora import LoraConfig, init_adapters, is_trainable, split_adapters, with_adapters
 from dpo_jax.quantize import dequantize_kernels, quantize_kernels
 from dpo_jax.sharding import P
@@ -61,6 +63,17 @@ def test_adapters_at_their_start_change_nothing(kind, dora):
     adapters = init_adapters(jax.random.key(1), dequantize_kernels(small), LoraConfig(rank=2, dora=dora))
     got, want = logits(TINY, small, adapters, kind), logits(TINY, small, kind=kind)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 if dora else 0)
+
+
+@KINDS
+def test_a_checkpoint_is_read_into_few_bits(kind):
+    folder = FOLDER / "qwen2"
+    whole, small = load_hf(folder)[1], load_hf(folder, kernels=kind)[1]
+    want = named_leaves(jit(quantize_kernels, static_argnums=1)(whole, kind))
+    got = named_leaves(small)
+    assert got.keys() == want.keys() and any(name.endswith(f"query/kernel/{kind}") for name in got)
+    for name, leaf in got.items():
+        np.testing.assert_array_equal(leaf, want[name], err_msg=name)
 
 
 def small_start(config, kind, lora, *, moved):

@@ -45,15 +45,15 @@ def decoupled_attention(
       mask: [N, M], zero at tokens that are not there; a row without any token adds nothing. All by default.
       scale: of the user's part; 0 leaves it out.
     """
+    there = jnp.ones(user.shape[:2], bool) if mask is None else mask != 0  # [N, M]
+    user = jnp.where(there[..., None], user, 0)  # 0 * nan of an absent token would be nan
     keys, values = (jnp.einsum("nmd,dhk->nmhk", user, kernels[name].astype(user.dtype)) for name in ("key", "value"))
     scores = jnp.einsum("nlhk,nmhk->nhlm", query, keys).astype(jnp.float32) * query.shape[-1] ** -0.5
-    there = jnp.ones(user.shape[:2], bool) if mask is None else mask != 0  # [N, M]
     seen = there[:, None, None]  # [N, 1, 1, M]
     # A softmax whose empty rows are zero, not nan.
     top = jax.lax.stop_gradient(jnp.max(jnp.where(seen, scores, -1e30), axis=-1, keepdims=True))
     mass = jnp.where(seen, jnp.exp(jnp.where(seen, scores - top, 0.0)), 0.0)
     shares = safe_divide(mass, jnp.sum(mass, axis=-1, keepdims=True))
-    values = jnp.where(there[..., None, None], values, 0)  # 0 * nan of an absent token would be nan
     told = jnp.einsum("nhlm,nmhk->nlhk", shares.astype(values.dtype), values)
     return attended + scale * told.astype(attended.dtype)
 

@@ -1,0 +1,158 @@
+"""ReNoise: regularisers against float64 NumPy, accelerated fixed points, the noise that corrects a stochastic step."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.diffusion.inversion import fixed_point, invert
+from dpo_jax.diffusion.methods.renoise import (
+    accelerated_step,
+    autocorrelation,
+    correcting_noise,
+    edit_prediction,
+    patch_divergence,
+)
+from dpo_jax.diffusion.schedule import leading_timesteps, predicts_noise, scaled_linear_schedule
+from dpo_jax.diffusion.transitions import ddim_steps, draw, take_steps
+from dpo_jax.diffusion.types import Transition
+
+# Tests compile much and compute little.
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+SD = scaled_linear_schedule()
+KEY = jax.random.key(0)
+
+
+def noises(shape=(2, 8, 12, 3)):
+    return np.random.default_rng(0).normal(size=(2, *shape))
+
+
+def numpy_divergence(e, target, patch=4, floor=1e-6):
+    total = np.zeros(len(e))
+    for b, i, j, c in np.ndindex(len(e), e.shape[1] // patch, e.shape[2] // patch, e.shape[3]):
+        here = (b, slice(patch * i, patch * i + patch), slice(patch * j, patch * j + patch), c)
+        m, v, n, w = e[here].mean(), e[here].var(ddof=1), target[here].mean(), target[here].var(ddof=1)
+        total[b] += abs(np.log((w + floor) / (v + floor)) + (v + (m - n) ** 2) / (w + floor) - 1)
+    return total
+
+
+def test_divergence_of_patches_is_that_of_float64():
+    e, target = noises()
+    given = patch_divergence(jnp.asarray(e, jnp.float32), jnp.asarray(target, jnp.float32))
+    np.testing.assert_allclose(given, numpy_divergence(e, target), rtol=1e-4)
+    np.testing.assert_allclose(patch_divergence(jnp.asarray(e), jnp.asarray(e)), 0, atol=1e-3)
+    with pytest.raises(ValueError, match="patches of 5"):
+        patch_divergence(jnp.asarray(e), jnp.asarray(target), patch=5)
+    slope = jax.grad(lambda t: patch_divergence(jnp.asarray(e), t).sum())(jnp.asarray(target))
+    assert np.all(slope == 0)
+
+
+def test_gradient_of_the_divergence():
+    """Central differences of the float64 formula."""
+    e, target = noises((1, 4, 4, 1))
+    given = jax.grad(lambda x: patch_divergence(x, jnp.asarray(target, jnp.float32)).sum())(jnp.asarray(e, jnp.float32))
+    for place in ((0, 0, 0, 0), (0, 2, 3, 0), (0, 3, 1, 0)):
+        step = np.zeros_like(e)
+        step[place] = 1e-5
+        wanted = (numpy_divergence(e + step, target) - numpy_divergence(e - step, target)) / 2e-5
+        np.testing.assert_allclose(given[place], wanted[0], rtol=1e-3, atol=1e-4)
+
+
+def numpy_autocorrelation(noise, key, smallest=8):
+    total = np.zeros(len(noise))
+    while True:
+        key, shift_key = jax.random.split(key)
+        side = noise.shape[1]
+        shift = int(jax.random.randint(shift_key, (), 0, max(side // 2, 1)))
+        for axis in (1, 2):
+            total += ((noise * np.roll(noise, shift, axis)).mean((1, 2)) ** 2).sum(-1)
+        if side <= smallest:
+            return total
+        noise = noise.reshape(len(noise), side // 2, 2, side // 2, 2, -1).mean((2, 4))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_autocorrelation_is_that_of_float64(seed):
+    noise, _ = noises((2, 16, 16, 3))
+    given = autocorrelation(jnp.asarray(noise, jnp.float32), jax.random.key(seed))
+    np.testing.assert_allclose(given, numpy_autocorrelation(noise, jax.random.key(seed)), rtol=1e-3, atol=1e-6)
+
+
+def test_white_noise_has_little_autocorrelation_and_smooth_noise_much():
+    white = jax.random.normal(KEY, (1, 32, 32, 4))
+    smooth = jnp.repeat(jnp.repeat(white[:, :4, :4], 8, 1), 8, 2)
+
+    def mean(noise):
+        return float(np.mean([autocorrelation(noise, jax.random.key(seed))[0] for seed in range(4)]))
+
+    assert mean(smooth) > 1.5 * mean(white)
+
+
+def test_an_edit_lowers_its_regulariser_and_its_slope_is_cut_off():
+    e, target = (jnp.asarray(x, jnp.float32) for x in noises())
+    regulariser = partial(lambda target, x: patch_divergence(x, target), target)
+    edited = edit_prediction(2 * e, regulariser, rate=0.01)
+    assert np.all(np.asarray(regulariser(edited)) < np.asarray(regulariser(2 * e)))
+    cut = edit_prediction(e, lambda x: 1e6 * x.sum(axis=(1, 2, 3)), rate=0.01)
+    np.testing.assert_allclose(e - cut, 1.0, rtol=1e-5)
+
+
+STEP = take_steps(ddim_steps(SD, leading_timesteps(10)), 4)  # 501 from 401
+
+
+def linear(seed=0, size=6, strength=0.9):
+    matrix = np.random.default_rng(seed).normal(size=(size, size))
+    matrix = strength * matrix / np.linalg.norm(matrix, 2)
+
+    def model(latents, times, condition):
+        return latents @ jnp.asarray(matrix.T, jnp.float32)
+
+    here, after = SD.alphas_cumprod[401], SD.alphas_cumprod[501]
+    gain = np.sqrt(1 - after) - np.sqrt(after * (1 - here) / here)
+    return model, lambda z: np.linalg.solve(np.eye(size) - gain * matrix, np.sqrt(after / here) * z.T).T
+
+
+def test_accelerated_iteration_reaches_the_fixed_point_of_linear_algebra():
+    model, exact = linear()
+    z = np.random.default_rng(1).normal(size=(5, 6))
+    errors = []
+    for calls in (1, 2, 4, 8):
+        step = jit(partial(accelerated_step, model, step=STEP, parameterisation=predicts_noise, calls=calls))
+        errors.append(np.abs(step(jnp.asarray(z, jnp.float32)) - exact(z)).max())
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-5, errors
+    plain = ddim_steps(SD, np.array([501]), last_alpha_cumprod=SD.alphas_cumprod[401])
+    for calls in (1, 4):
+        iterated = invert(
+            model, jnp.asarray(z, jnp.float32), plain, parameterisation=predicts_noise, weights=fixed_point(calls)
+        )
+        error = np.abs(iterated.latents - exact(z)).max()
+        index = (1, 2, 4, 8).index(calls)
+        assert error == pytest.approx(errors[index], rel=1e-3) if calls == 1 else errors[index] <= error
+
+
+def test_examples_are_accelerated_one_by_one_and_a_constant_model_is_exact_at_once():
+    model, _ = linear()
+    z = jnp.asarray(np.random.default_rng(1).normal(size=(5, 6)), jnp.float32)
+    step = jit(partial(accelerated_step, model, step=STEP, parameterisation=predicts_noise))
+    np.testing.assert_allclose(step(z)[:2], step(z[:2]), atol=1e-6)
+    still = [
+        accelerated_step(lambda x, t, c: jnp.ones_like(x), z, STEP, parameterisation=predicts_noise, calls=calls)
+        for calls in (1, 4)
+    ]
+    np.testing.assert_allclose(still[1], still[0], atol=1e-6)  # no division of zero by zero
+    with pytest.raises(ValueError, match="calls"):
+        accelerated_step(model, z, STEP, parameterisation=predicts_noise, calls=0)
+
+
+def test_corrected_noise_lands_on_the_value():
+    mean, value = jax.random.normal(KEY, (2, 4, 3))
+    std = jnp.array([0.5, 0.1, 2.0, 0.0])
+    noise = correcting_noise(Transition(mean, std), value)
+    np.testing.assert_allclose((mean + std[:, None] * noise)[:3], value[:3], atol=1e-5)
+    np.testing.assert_array_equal(noise[3], 0)
+    drawn = draw(Transition(mean, std), KEY)
+    np.testing.assert_allclose(
+        correcting_noise(Transition(mean, std), drawn)[:3], jax.random.normal(KEY, (4, 3))[:3], atol=1e-4
+    )

@@ -24,7 +24,6 @@ from dpo_jax.diffusion.models.unet import (
     abstract_variables,
     config_from_dict,
     config_to_dict,
-    init_variables,
     unet_function,
     weight_table,
 )
@@ -199,23 +198,18 @@ def test_a_condition_that_lacks_what_the_model_reads_is_refused():
             jax.eval_shape(predict, abstract_variables(config), given["latents"], given["timesteps"], lacking)
 
 
-@pytest.mark.slow
-def test_blocks_computed_again_give_the_same_gradients():
-    given, variables = inputs(VARIANTS["sd1"]), init_variables(SMALL, jax.random.key(0))
+def test_blocks_are_computed_again_if_asked():
+    few = replace(SMALL, down_attention=(False, False), up_attention=(False, False))
+    given, variables = inputs(VARIANTS["sd1"]), abstract_variables(few)
 
-    def gradients(config):
+    def convolutions(config):
         def loss(variables):
             output = unet_function(config)(variables, given["latents"], given["timesteps"], condition_of(given))
             return jnp.sum(output**2)
 
-        return jax.grad(loss)
+        return str(jax.make_jaxpr(jax.grad(loss))(variables)).count("conv_general")
 
-    both = {remat: gradients(replace(SMALL, remat=remat)) for remat in ("none", "full")}
-    counts = {remat: str(jax.make_jaxpr(function)(variables)).count("conv_general") for remat, function in both.items()}
-    assert counts["full"] > counts["none"]
-    got, want = (jax.jit(both[remat], compiler_options=QUICK)(variables) for remat in ("full", "none"))
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4 * float(np.abs(b).max()))
+    assert convolutions(replace(few, remat="full")) > convolutions(few)
 
 
 def test_bfloat16_is_close_and_predicts_in_float32():

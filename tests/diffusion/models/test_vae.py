@@ -13,6 +13,7 @@ from make_vae_fixtures import FOLDER, PUBLISHED, TILED, VARIANTS, blocks, inputs
 from dpo_jax.diffusion.models import vae
 from dpo_jax.diffusion.models.layers import Types
 from dpo_jax.diffusion.models.table import tensor_shapes
+from dpo_jax.diffusion.models.weights import load_model, save_model
 from dpo_jax.keys import WeightsError
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -182,3 +183,25 @@ def test_tiles_that_would_not_meet_are_refused():
 def test_wrong_configs_are_refused(keys, message):
     with pytest.raises(WeightsError, match=f"(?s)^here: .*{message}"):
         vae.config_from_dict({**blocks(2, 4, 4, norm_num_groups=2), **keys}, "here")
+
+
+@pytest.mark.parametrize("old_names", [False, True])
+def test_files_are_read_and_written(old_names, tmp_path):
+    config, variables = model(VARIANTS["sd"])
+    table = vae.weight_table(config, old_names=old_names)
+    save_model(tmp_path, variables, table, vae.config_to_dict(config))
+    found = load_model(tmp_path, vae.abstract_variables(config), table, rules=vae.RULES)
+    jax.tree.map(np.testing.assert_array_equal, found, variables)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("old_names", [False, True])
+def test_installed_library_reads_what_is_written(old_names, tmp_path):
+    torch = pytest.importorskip("torch", reason="compares with torch")
+    diffusers = pytest.importorskip("diffusers", reason="compares with diffusers")
+    config, variables = model(VARIANTS["sd"])
+    save_model(tmp_path, variables, vae.weight_table(config, old_names=old_names), vae.config_to_dict(config))
+    theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path)
+    with torch.no_grad():
+        decoded = theirs.decode(torch.tensor(inputs("sd")["latents"]).permute(0, 3, 1, 2)).sample.permute(0, 2, 3, 1)
+    np.testing.assert_allclose(decoded, EXPECTED["sd/decoded"], **CLOSE)

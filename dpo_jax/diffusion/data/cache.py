@@ -6,6 +6,7 @@ all, so a job that is killed goes on with what is missing. Several processes may
 
 import hashlib
 import json
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -32,7 +33,7 @@ class Cache(Mapping[str, dict[str, np.ndarray]]):
     """Entries of a folder by key; arrays are read when they are asked for.
 
     Attributes:
-      broken: files that could not be read; their entries are missing and will be made again.
+      broken: files that could not be read at the last look; their entries are missing and will be made again.
     """
 
     def __init__(self, folder: str | Path):
@@ -43,6 +44,7 @@ class Cache(Mapping[str, dict[str, np.ndarray]]):
 
     def refresh(self) -> None:
         """Look at the folder again, for what other processes wrote."""
+        self.broken = []
         known = {path for names in self._names.values() for path in names.values()}
         for path in sorted(self.folder.glob("*.safetensors")):
             if path in known:
@@ -69,7 +71,8 @@ class Cache(Mapping[str, dict[str, np.ndarray]]):
         if not entries:
             return
         path = self.folder / f"{content_key(*sorted(entries))}.safetensors"
-        beside = path.with_suffix(".partial")
+        # Two processes may write the same entries at the same time.
+        beside = path.with_suffix(f".{uuid.uuid4().hex}.partial")
         tensors = {
             f"{key}/{name}": np.ascontiguousarray(x) for key, entry in entries.items() for name, x in entry.items()
         }
@@ -119,9 +122,8 @@ def fill(
     for start in range(0, len(missing), together):
         places = missing[start : start + together]
         padded = places + [places[-1]] * (together - len(places))
-        own = padded[host * share : (host + 1) * share]
-        made = make(own)
-        cache.write({keys[place]: entry for place, entry in zip(own, made, strict=True)})
+        made = make(padded[host * share : (host + 1) * share])
+        cache.write({keys[place]: entry for place, entry in zip(places[host * share :], made)})
         if progress is not None:
             progress(min(start + together, len(missing)), len(missing))
     return len(missing)

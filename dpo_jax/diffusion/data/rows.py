@@ -6,7 +6,8 @@ Forms of a row, each a plain mapping with its caption under `caption`, `prompt` 
 - `{"image_0", "image_1"}` or `{"jpg_0", "jpg_1"}` (Pick-a-Pic v2): a pair, and who won: `label_0` is 1 if the first
   image did, 0 if the second, 0.5 for a tie; or `label` is the index of the winner, 0 or 1. Numbers `NAME_0` and
   `NAME_1` become the columns `chosen_NAME` and `rejected_NAME`.
-- `{"image", "rejected_caption"}`: one image with its caption and a wrong one, a pair of the same image twice.
+- `{"image", "rejected_caption"}`: one image with its caption (or `chosen_caption`) and a wrong one, a pair of the same
+  image twice.
 - `{"image"}` (or `jpg`): one image; its `label`, true or false, says whether it is liked.
 - `{"images": [...]}`: a list, best first; `scores` has a number per image.
 
@@ -47,6 +48,7 @@ from dpo_jax.rows import (
 )
 
 CAPTION_KEYS = ("caption", "prompt", "text")
+CAPTION_PAIRS = (("chosen_caption", "rejected_caption"), ("caption_0", "caption_1"))
 PAIR_KEYS = (("chosen", "rejected"), ("image_0", "image_1"), ("jpg_0", "jpg_1"))
 SINGLE_KEYS = ("image", "jpg")
 # What Pick-a-Pic says of its rows besides; none of it is a number to learn from.
@@ -312,20 +314,32 @@ def parse_row(row: Any, *, file: str = "row", number: int = 1, folder: Path = Pa
 
 def _captions(row: Mapping[str, Any], form: Form) -> tuple[str, ...]:
     """Captions of the images one by one, chosen first or in the order of the row; () if the row has none."""
-    for names in (("chosen_caption", "rejected_caption"), ("caption_0", "caption_1")):
-        given = [name for name in names if name in row]
-        if form == "singles" and given == ["rejected_caption"]:
-            first = next(row[key] for key in CAPTION_KEYS if key in row)
-            require_text("rejected_caption", row["rejected_caption"])
-            return first, row["rejected_caption"]
-        if form != "pairs" or not given:
-            continue
-        if len(given) == 1:
-            raise Reason(f"there is {given[0]} alone; expected {' and '.join(names)}")
-        for name in names:
-            require_text(name, row[name])
-        return tuple(row[name] for name in names)
-    return ()
+    given = [name for names in CAPTION_PAIRS for name in names if name in row]
+    if not given:
+        return ()
+    if form == "singles" and given in (["rejected_caption"], ["chosen_caption", "rejected_caption"]):
+        return _of_one_image(row)
+    if form != "pairs":
+        raise Reason(f"{given[0]} is a caption of one side of a pair, and the row is one of {form}")
+    names = next(names for names in CAPTION_PAIRS if given[0] in names)
+    if given != list(names):
+        wrong = f"{given[0]} alone" if len(given) == 1 else " and ".join(given)
+        raise Reason(f"there is {wrong}; expected {' and '.join(names)}")
+    for name in names:
+        require_text(name, row[name])
+    return tuple(row[name] for name in names)
+
+
+def _of_one_image(row: Mapping[str, Any]) -> tuple[str, str]:
+    """The right caption and the wrong one."""
+    first = next(key for key in ("chosen_caption", *CAPTION_KEYS) if key in row)
+    for name in (first, "rejected_caption"):
+        require_text(name, row[name])
+    if row[first] == row["rejected_caption"]:
+        raise Reason(f"{first} and rejected_caption of the one image are the same text")
+    if "label" in row:
+        raise Reason("there is label beside rejected_caption, which says already what is liked; leave one of them out")
+    return row[first], row["rejected_caption"]
 
 
 def _images(row: Mapping[str, Any]) -> tuple[Form, tuple[str, ...], dict[str, Any]]:

@@ -1,8 +1,9 @@
 """From image files to the examples of a run: rows, forms, latents and text states in the cache, every loss reported."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cache as cache_call
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,16 +13,22 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from dpo_jax.cli.catalogue import Method
 from dpo_jax.cli.console import UsageError, say
 from dpo_jax.cli.data import report_skipped
 from dpo_jax.cli.image_configs import ImageDataConfig
 from dpo_jax.cli.image_models import OpenPipeline, image_encoder, text_encoder
 from dpo_jax.diffusion.data.batches import ImageExample, steps_per_epoch
 from dpo_jax.diffusion.data.cache import Cache, Entry, content_key, fill
+from dpo_jax.diffusion.data.decoding import THREADS, SeenImage, check_images, load_image
 from dpo_jax.diffusion.data.forms import FormError, to_form
-from dpo_jax.diffusion.data.images import Bucket, Prepared, make_buckets, prepare, size_conditions
-from dpo_jax.diffusion.data.rows import ImageRow, check_images, load_images, read_rows
+from dpo_jax.diffusion.data.images import Bucket, Framing, cut, frame, make_buckets, size_conditions
+from dpo_jax.diffusion.data.places import Place
+from dpo_jax.diffusion.data.rows import ImageRow, read_rows
+from dpo_jax.rows import RowError
 from dpo_jax.sharding import data_shards
+
+Seen = Mapping[Place, SeenImage]
 
 T5_STATES = "t5_states"  # column of states that another program made of the caption, for models that read them
 _SAID_EVERY = 30.0  # seconds between two lines of progress
@@ -47,8 +54,8 @@ class PreparedImages:
 
 def read_image_rows(
     paths: Sequence[str], config: ImageDataConfig, form: str, out: Path | None, seed: int
-) -> list[ImageRow]:
-    """Rows of a form whose images can all be decoded; says what was left out.
+) -> tuple[list[ImageRow], Seen]:
+    """Rows of a form whose images can all be decoded, and what was seen of them; says what was left out.
 
     Raises:
       RowError: a bad row or image, unless they are skipped.
@@ -64,97 +71,157 @@ def read_image_rows(
     if skipped := [*read.skipped, *checked.skipped]:
         report_skipped(skipped, out)
     if not checked.rows:
-        raise ValueError(f"no row is left of {', '.join(paths)}")
+        raise ValueError(f"no good row is left of {', '.join(paths)}")
     try:
         rows = to_form(checked.rows, form, seed=seed)
     except FormError as error:
         raise UsageError(str(error)) from error
     if checked.rows[0].form != form:
         say(f"{len(checked.rows)} rows of {checked.rows[0].form} give {len(rows)} of {form}")
-    return rows
+    pairs = zip(checked.rows, checked.images, strict=True)
+    return rows, {place: image for row, images in pairs for place, image in zip(row.images, images, strict=True)}
 
 
-def prepare_images(config: Any, form: str, model: OpenPipeline, mesh: Mesh, out: Path) -> PreparedImages:
+def prepare_images(config: Any, method: Method, model: OpenPipeline, mesh: Mesh, out: Path) -> PreparedImages:
     """Examples with their latents and text states made, and the course of a training run.
 
     Raises:
-      RowError, UsageError, ValueError: as `read_image_rows`; all rows held out.
+      RowError, UsageError, ValueError: as `read_image_rows`; a column that the method needs is missing or has not one
+        shape; all rows held out.
     """
     data, seed = config.data, config.loop.seed
-    rows = read_image_rows(data.data, data, form, out, seed)
+    model_buckets(data, model)  # refused before the data is read
+    rows, seen = read_image_rows(data.data, data, method.form, out, seed)
     if data.eval_data:
-        held = read_image_rows(data.eval_data, data, form, None, seed)
-        train = rows
+        held, more = read_image_rows(data.eval_data, data, method.form, None, seed)
+        train, seen = rows, {**seen, **more}
     else:
         order = np.random.default_rng(seed).permutation(len(rows))
         count = round(data.held_out * len(rows)) if data.held_out < 1 else int(data.held_out)
         held, train = [rows[i] for i in sorted(order[:count])], [rows[i] for i in sorted(order[count:])]
     if not train:
-        raise ValueError(f"all {len(rows)} rows are held out; lower --held-out")
+        raise ValueError(f"held_out is {data.held_out:g}, which leaves none of the {len(rows)} rows to train on")
+    check_columns(method, [*train, *held])
     cache = Cache(data.cache or out / "cache")
     if cache.broken:
         say(f"{len(cache.broken)} broken files of {cache.folder} are passed over; what they held is made again")
-    examples, empty = encode_rows([*train, *held], data, model, mesh, cache)
+    examples, empty = encode_rows([*train, *held], seen, method.columns, data, model, mesh, cache)
     size = config.loop.batch_size
     train_examples, held_examples = examples[: len(train)], examples[len(train) :]
     steps = config.loop.steps or max(1, round(config.loop.epochs * steps_per_epoch(train_examples, size)))
     shapes = sorted({example.bucket for example in train_examples})
     say(
-        f"{len(train)} rows of {form} to train on, {len(held)} held out; {steps} steps of {size}, "
+        f"{len(train)} rows of {method.form} to train on, {len(held)} held out; {steps} steps of {size}, "
         f"images of {', '.join(f'{height} x {width}' for height, width in shapes)}"
     )
     return PreparedImages(train_examples, held_examples, cache, empty, steps)
 
 
+def check_columns(method: Method, rows: Sequence[ImageRow]) -> None:
+    """Raise for a column that the method needs and the rows have not (UsageError), or not in one shape (RowError)."""
+    first = rows[0]
+    if missing := [name for name in method.columns if any(name not in row.columns for row in rows)]:
+        raise UsageError(
+            f"{method.slug} needs the columns {', '.join(missing)}, and the rows have "
+            f"{', '.join(sorted(first.columns)) or 'none'}; give each row a number (or numbers) of that name"
+        )
+    for name in [*method.columns, *([T5_STATES] if T5_STATES in first.columns else [])]:
+        shapes = []
+        for row in rows:
+            try:
+                shape = np.shape(row.columns[name])
+            except (KeyError, ValueError):
+                reason = f"column {name!r} is absent or has lists of several lengths"
+                raise RowError(row.file, row.number, reason) from None
+            # Lists of images have a number for each, and may differ in length.
+            shapes.append(("K", *shape[1:]) if shape[:1] == (len(row.images),) and row.form == "lists" else shape)
+            if shapes[-1] != shapes[0]:
+                reason = f"column {name!r} has the shape {list(shape)}, but row {first.number} of {first.file} has "
+                raise RowError(row.file, row.number, f"{reason}{list(np.shape(first.columns[name]))}")
+
+
 def encode_rows(
-    rows: Sequence[ImageRow], config: ImageDataConfig, model: OpenPipeline, mesh: Mesh, cache: Cache
+    rows: Sequence[ImageRow],
+    seen: Seen,
+    columns: Sequence[str],
+    config: ImageDataConfig,
+    model: OpenPipeline,
+    mesh: Mesh,
+    cache: Cache,
 ) -> tuple[list[ImageExample], str]:
-    """Examples of rows, their latents and text states in the cache; and the key of the empty caption."""
-    buckets = model_buckets(config, model)
-    options = [tuple(bucket) for bucket in buckets]
-    fingerprint = model.image_fingerprint()
+    """Examples of rows, their latents and text states in the cache; and the key of the empty caption.
 
-    def prepared_images(row: ImageRow) -> Prepared:
-        pixels = load_images(row)
-        return prepare(pixels, buckets, random=_random(pixels, config), flip=0.5 if config.flip else 0.0)
-
+    Args:
+      seen: sizes and contents of the images.
+      columns: names of those that examples keep.
+    """
+    buckets, fingerprint = model_buckets(config, model), model.image_fingerprint()
+    framings: list[Framing] = []
     jobs: list[tuple[int, int]] = []  # row, image
     keys: list[str] = []
     by_bucket: dict[Bucket, list[int]] = {}
-    shapes: list[Prepared] = []
     for number, row in enumerate(rows):
-        prepared = prepared_images(row)
-        shapes.append(prepared._replace(images=np.zeros(0, np.float32)))
-        for place, pixels in enumerate(prepared.images):
-            by_bucket.setdefault(prepared.bucket, []).append(len(jobs))
+        looks = [seen[place] for place in row.images]
+        framing = frame([look.size for look in looks], buckets)
+        if config.flip:
+            # An image is turned in every run or in none, so that its latents are made once.
+            framing = framing._replace(flips=np.array([int(look.key, 16) % 2 == 1 for look in looks]))
+        framings.append(framing)
+        for place, look in enumerate(looks):
+            by_bucket.setdefault(framing.bucket, []).append(len(jobs))
             jobs.append((number, place))
-            keys.append(content_key(fingerprint, str(options), config.flip, pixels.tobytes()))
+            keys.append(content_key(fingerprint, look.key, framing.bucket, bool(framing.flips[place])))
 
     encoder = cache_call(lambda: image_encoder(model, mesh))  # weights are read only if something is missing
 
-    def maker(bucket_jobs: list[int]) -> Callable[[list[int]], Sequence[Entry]]:
-        def make(places: list[int]) -> Sequence[Entry]:
-            wanted = [jobs[bucket_jobs[place]] for place in places]
-            return encoder()(np.stack([prepared_images(rows[number]).images[image] for number, image in wanted]))
+    def pixels(job: int) -> np.ndarray:
+        number, place = jobs[job]
+        return cut(load_image(rows[number], place), framings[number], place)
 
-        return make
+    with ThreadPoolExecutor(THREADS) as pool:
 
-    together = -(-config.encode_batch // data_shards(mesh)) * data_shards(mesh)
-    for bucket, places in by_bucket.items():
-        _fill(cache, [keys[place] for place in places], maker(places), together, f"latents of {tuple(bucket)}")
+        def maker(bucket_jobs: list[int]) -> Callable[[list[int]], Sequence[Entry]]:
+            return lambda places: encoder()(np.stack(list(pool.map(pixels, (bucket_jobs[place] for place in places)))))
+
+        together = -(-config.encode_batch // data_shards(mesh)) * data_shards(mesh)
+        for bucket, places in by_bucket.items():
+            _fill(cache, [keys[place] for place in places], maker(places), together, f"latents of {tuple(bucket)}")
     text_keys = _encode_texts(rows, model, cache, together)
     examples, image_keys = [], iter(keys)
-    for row, prepared, captions in zip(rows, shapes, text_keys.of_rows, strict=True):
+    for row, framing, captions in zip(rows, framings, text_keys.of_rows, strict=True):
         examples.append(
             ImageExample(
                 images=tuple(next(image_keys) for _ in row.images),
                 captions=captions,
-                bucket=tuple(prepared.bucket),
-                sizes=size_conditions(prepared) if model.wants_sizes else None,
-                columns={name: value for name, value in row.columns.items() if name != T5_STATES},
+                bucket=tuple(framing.bucket),
+                sizes=size_conditions(framing) if model.wants_sizes else None,
+                columns={name: row.columns[name] for name in columns},
             )
         )
-    return examples, text_keys.empty
+    return of_one_length(examples), text_keys.empty
+
+
+def of_one_length(examples: Sequence[ImageExample]) -> list[ImageExample]:
+    """Lists of several lengths filled up to the longest with their first image; the column `valid` is 0 there."""
+    longest = max(len(example.images) for example in examples)
+    if all(len(example.images) == longest for example in examples):
+        return list(examples)
+
+    def filled(example: ImageExample) -> ImageExample:
+        count = len(example.images)
+        short = longest - count
+        several = len(example.captions) > 1
+        sizes = example.sizes
+        columns = {name: [*x, *[0] * short] if np.shape(x) == (count,) else x for name, x in example.columns.items()}
+        return replace(
+            example,
+            images=example.images + example.images[:1] * short,
+            captions=example.captions + example.captions[:1] * short if several else example.captions,
+            sizes=None if sizes is None else np.concatenate([sizes, np.repeat(sizes[:1], short, axis=0)]),
+            columns={**columns, "valid": [1] * count + [0] * short},
+        )
+
+    return [filled(example) for example in examples]
 
 
 class _TextKeys(NamedTuple):
@@ -174,11 +241,12 @@ def _encode_texts(rows: Sequence[ImageRow], model: OpenPipeline, cache: Cache, t
         keys.append(content_key(fingerprint, text, b"" if t5 is None else t5.tobytes()))
         return keys[-1]
 
-    of_rows = []
+    of_rows, several = [], any(row.captions for row in rows)
     for row in rows:
         t5 = None if T5_STATES not in row.columns else np.asarray(row.columns[T5_STATES], np.float32)
         shape = shape if t5 is None else t5.shape
-        of_rows.append(tuple(key(caption, t5) for caption in (row.captions or (row.caption,))))
+        captions = row.captions or (row.caption,) * (len(row.images) if several else 1)
+        of_rows.append(tuple(key(caption, t5) for caption in captions))
     empty = key("", np.zeros(shape, np.float32) if shape else None)
     encoder = cache_call(lambda: text_encoder(model))
 
@@ -195,20 +263,12 @@ def model_buckets(config: ImageDataConfig, model: OpenPipeline) -> tuple[Bucket,
     Raises:
       UsageError: a resolution that the model cannot take.
     """
-    side, step = config.resolution or model.resolution, model.size_step
+    side, step = model.resolution if config.resolution is None else config.resolution, model.size_step
     if side % step or side < step:
         raise UsageError(f"--resolution is {side}; give a multiple of {step}")
     if config.buckets == "square":
         return (Bucket(side, side),)
     return make_buckets(side * side, step=max(step, side // 16 // step * step))
-
-
-def _random(pixels: Sequence[np.ndarray], config: ImageDataConfig) -> np.random.Generator | None:
-    """The same turns for the same images in every run: latents are made once."""
-    if not config.flip:
-        return None
-    digest = content_key(*(image.tobytes() for image in pixels))
-    return np.random.default_rng(int(digest, 16))
 
 
 def _fill(cache: Cache, keys: list[str], make: Any, together: int, what: str) -> None:
@@ -221,7 +281,25 @@ def _fill(cache: Cache, keys: list[str], make: Any, together: int, what: str) ->
             last = time.perf_counter()
             say(f"{what}: {done} of {missing} made, {last - begun:.0f} s")
 
-    fill(cache, keys, make, together=together, host=jax.process_index(), hosts=jax.process_count(), progress=progress)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
-        cache.refresh()
+    hosts = jax.process_count()
+    if hosts == 1:
+        fill(cache, keys, make, together=together, progress=progress)
+        return
+    # Another run may write into the folder meanwhile: of what processes see, the first one's view counts.
+    there = multihost_utils.broadcast_one_to_all(np.array([key in cache for key in keys]))
+    fill(
+        cache,
+        keys,
+        make,
+        there=np.asarray(there).tolist(),
+        together=together,
+        host=jax.process_index(),
+        hosts=hosts,
+        progress=progress,
+    )
+    multihost_utils.sync_global_devices(what)
+    cache.refresh()
+    if any(key not in cache for key in keys):
+        raise UsageError(
+            f"{cache.folder} lacks what other processes made; --cache must be a folder that all of them see"
+        )

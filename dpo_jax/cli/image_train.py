@@ -20,7 +20,6 @@ from dpo_jax.cli.job import Job, hyper_parameters, keep_config, run_job, summari
 from dpo_jax.cli.processes import is_first, join_processes
 from dpo_jax.diffusion.data.batches import batches, epoch_batches
 from dpo_jax.diffusion.objectives import from_loss, needs_reference
-from dpo_jax.diffusion.types import DiffusionBatch
 from dpo_jax.sharding import data_shards
 from dpo_jax.train import TrainState
 from dpo_jax.tree import combine
@@ -52,8 +51,7 @@ def train_images(method: Method, config: Any) -> None:
     keep_config(out, record)
     model = open_images(config.model.model, config.model)
     adapted = adapted_pipeline(model, config.adapters)
-    data = prepare_images(config, method.form, model, mesh, out)
-    _check_columns(method, data)
+    data = prepare_images(config, method, model, mesh, out)
     job = job_of(method, config, adapted, data, out)
     outcome, resumed = run_job(job, config, mesh, record, out)
     if is_first():
@@ -94,16 +92,6 @@ def check_image_options(method: Method, config: Any) -> None:
         )
 
 
-def _check_columns(method: Method, data: PreparedImages) -> None:
-    missing = [name for name in method.columns if name not in data.train[0].columns]
-    if missing:
-        have = sorted(data.train[0].columns)
-        raise UsageError(
-            f"{method.slug} needs the columns {', '.join(missing)}, and the rows have {', '.join(have) or 'none'}; "
-            "give each row a number (or numbers) of that name"
-        )
-
-
 def job_of(method: Method, config: Any, adapted: AdaptedPipeline, data: PreparedImages, out: Path) -> Job:
     """The run that the options ask for."""
     model, loop = adapted.model, config.loop
@@ -117,18 +105,6 @@ def job_of(method: Method, config: Any, adapted: AdaptedPipeline, data: Prepared
         **hyper_parameters(config),
     )
 
-    def kept(batch: DiffusionBatch) -> DiffusionBatch:
-        """Without the columns that the method does not read."""
-        return DiffusionBatch(
-            batch.latents,
-            batch.condition,
-            batch.weight,
-            {name: x for name, x in batch.columns.items() if name in wanted},
-            batch.spread,
-        )
-
-    wanted = {*method.columns, "valid"}
-
     def stream(step: int) -> Iterator[tuple[Any, int]]:
         endless = batches(
             data.train,
@@ -140,10 +116,10 @@ def job_of(method: Method, config: Any, adapted: AdaptedPipeline, data: Prepared
             empty=data.empty,
             **place,
         )
-        return ((kept(batch), int(batch.weight.sum()) * batch.latents.shape[1]) for batch in endless)
+        return ((batch, int(batch.weight.sum()) * batch.latents.shape[1]) for batch in endless)
 
     def held_out() -> Iterator[Any]:
-        return map(kept, epoch_batches(data.held_out, data.cache, batch_size=loop.batch_size, **place))
+        return epoch_batches(data.held_out, data.cache, batch_size=loop.batch_size, **place)
 
     def variables(mesh: Mesh, key: Array) -> PyTree:
         return adapted.complete(model.load(mesh), key)

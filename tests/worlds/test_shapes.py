@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_jax.diffusion.data.rows import check_images, check_rows
+from dpo_jax.diffusion.data.decoding import check_images
+from dpo_jax.diffusion.data.rows import check_rows
 from dpo_jax.worlds import shapes
 
 CAPTIONS = st.sampled_from(shapes.all_captions())

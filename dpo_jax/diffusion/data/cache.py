@@ -94,19 +94,21 @@ def fill(
     make: Callable[[list[int]], Sequence[Entry]],
     *,
     together: int,
+    there: Sequence[bool] | None = None,
     host: int = 0,
     hosts: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Make the entries that a cache lacks, some at a time; the number that were made.
 
-    All processes must see the same files when they call it, and each of them makes and writes its share.
+    Each of several processes makes and writes its share.
 
     Args:
       keys: of all entries that are wanted; repeated ones are made once.
       make: `make(places)` gives the entries of some places in keys; all processes call it equally often and with
         equally many places, the last of which are repeated where there are too few.
       together: entries of one call, over all processes.
+      there: which of the keys are not missing, the same on all processes; by default what this one sees.
       host, hosts: this process and their number.
       progress: called with the number of entries made and missing.
 
@@ -115,9 +117,9 @@ def fill(
     """
     if together % hosts:
         raise ValueError(f"{together} entries at a time do not fall evenly on {hosts} processes")
+    there = [key in cache for key in keys] if there is None else there
     first = {key: place for place, key in reversed(list(enumerate(keys)))}
-    missing = [place for key, place in first.items() if key not in cache]
-    missing.sort()
+    missing = sorted(place for place in first.values() if not there[place])
     share = together // hosts
     for start in range(0, len(missing), together):
         places = missing[start : start + together]

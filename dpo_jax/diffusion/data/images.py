@@ -27,6 +27,22 @@ class Bucket(NamedTuple):
     width: int
 
 
+class Framing(NamedTuple):
+    """How the K images of a row are cut to one bucket, which their sizes alone decide.
+
+    Attributes:
+      original_sizes: int32 [K, 2], height and width before resizing (after the rotation that EXIF asks for).
+      crops: int32 [K, 2], top and left of the crop in the resized (and flipped, if so) image.
+      flips: bool [K], turned left to right.
+      bucket: H and W.
+    """
+
+    original_sizes: np.ndarray
+    crops: np.ndarray
+    flips: np.ndarray
+    bucket: Bucket
+
+
 class Prepared(NamedTuple):
     """The K images of a row in one bucket, and what SDXL is told of them.
 
@@ -125,17 +141,17 @@ def nearest_bucket(sizes: Iterable[tuple[int, int]], buckets: Sequence[Bucket]) 
     return min(buckets, key=lambda bucket: abs(math.log(bucket.width / bucket.height) - wanted))
 
 
-def prepare(
-    images: Sequence[np.ndarray],
+def frame(
+    sizes: Sequence[tuple[int, int]],
     buckets: Sequence[Bucket],
     *,
     random: np.random.Generator | None = None,
     flip: float = 0.0,
-) -> Prepared:
-    """Resize images until they cover the nearest bucket (bicubic, antialiased), and crop them to it.
+) -> Framing:
+    """Where images of heights and widths are cut to cover the bucket that is nearest to all of them.
 
     Args:
-      images: K arrays uint8 [H, W, 3] of any sizes; all go into one bucket.
+      sizes: of the K images, which all go into one bucket.
       buckets: sizes to choose from.
       random: draws the place of the crops and the flips, for each image on its own; None crops the centre.
       flip: probability of a left-right flip; not for captions that tell left from right.
@@ -145,23 +161,24 @@ def prepare(
     """
     if flip and random is None:
         raise ValueError(f"flip is {flip}, but there is no random generator; give `random`")
-    sizes = [image.shape[:2] for image in images]
     bucket = nearest_bucket(sizes, buckets)
-    cropped, crops = zip(*(_cover(image, bucket, random, flip) for image in images))
-    scaled = np.stack(cropped).astype(np.float32) / 127.5 - 1.0
-    return Prepared(scaled, np.array(sizes, np.int32), np.array(crops, np.int32), bucket)
+    crops, flips = [], []
+    for size in sizes:
+        free = (covering - side for covering, side in zip(_covering(size, bucket), bucket))
+        crops.append([n // 2 if random is None else int(random.integers(n + 1)) for n in free])
+        flips.append(random is not None and random.random() < flip)
+    return Framing(np.array(sizes, np.int32), np.array(crops, np.int32), np.array(flips, bool), bucket)
 
 
-def _cover(
-    image: np.ndarray, bucket: Bucket, random: np.random.Generator | None, flip: float
-) -> tuple[np.ndarray, tuple[int, int]]:
+def cut(image: np.ndarray, framing: Framing, number: int) -> np.ndarray:
+    """Image `number` of a row, uint8 [h, w, 3], as its framing says: float32 [H, W, 3] in [-1, 1].
+
+    It is resized until it covers the bucket (bicubic, antialiased), and cropped to it.
+    """
     height, width = image.shape[:2]
-    scale = max(bucket.height / height, bucket.width / width)
-    tall, wide = max(bucket.height, round(height * scale)), max(bucket.width, round(width * scale))
-    free = (tall - bucket.height, wide - bucket.width)
-    top, left = (n // 2 for n in free) if random is None else (int(random.integers(n + 1)) for n in free)
-    flipped = random is not None and random.random() < flip
-    start = free[1] - left if flipped else left
+    bucket, (top, left), flipped = framing.bucket, map(int, framing.crops[number]), bool(framing.flips[number])
+    tall, wide = _covering((height, width), bucket)
+    start = wide - bucket.width - left if flipped else left
     # Only the part that is kept is resized: a line of pixels would otherwise become a huge image.
     box = (
         start * width / wide,
@@ -172,10 +189,30 @@ def _cover(
     box = (box[0], box[1], min(box[2], width), min(box[3], height))
     resized = Image.fromarray(image).resize((bucket.width, bucket.height), Image.Resampling.BICUBIC, box=box)
     pixels = np.asarray(resized)
-    return (pixels[:, ::-1] if flipped else pixels), (top, left)
+    return (pixels[:, ::-1] if flipped else pixels).astype(np.float32) / 127.5 - 1.0
 
 
-def size_conditions(prepared: Prepared) -> np.ndarray:
+def prepare(
+    images: Sequence[np.ndarray],
+    buckets: Sequence[Bucket],
+    *,
+    random: np.random.Generator | None = None,
+    flip: float = 0.0,
+) -> Prepared:
+    """K images, uint8 [H, W, 3] of any sizes, framed and cut; the options are those of `frame`."""
+    framing = frame([image.shape[:2] for image in images], buckets, random=random, flip=flip)
+    cutouts = [cut(image, framing, number) for number, image in enumerate(images)]
+    return Prepared(np.stack(cutouts), framing.original_sizes, framing.crops, framing.bucket)
+
+
+def _covering(size: tuple[int, int], bucket: Bucket) -> tuple[int, int]:
+    """Height and width of an image that was resized until it covers the bucket."""
+    height, width = size
+    scale = max(bucket.height / height, bucket.width / width)
+    return max(bucket.height, round(height * scale)), max(bucket.width, round(width * scale))
+
+
+def size_conditions(prepared: Prepared | Framing) -> np.ndarray:
     """SDXL's six numbers per image, float32 [K, 6]: original height and width, crop top and left, height and width.
 
     Source: Podell et al. 2023, arXiv 2307.01952, section 2.2.

@@ -16,7 +16,7 @@ The images of a pair may have captions of their own, `chosen_caption` and `rejec
 
 An image is a path relative to the file's folder (the key may then end in `_file_name`, or be `file_name` for a single
 image), bytes, `{"bytes", "path"}`, a Pillow image or an array uint8 [H, W, 3]. Rows keep where the bytes are; images
-are decoded by `check_images` and `load_images`. Further keys that hold numbers or lists of numbers are columns.
+are decoded in `decoding`. Further keys that hold numbers or lists of numbers are columns.
 
 Folders hold `metadata.jsonl`. In tar files of the WebDataset form the members of one sample stand together and share
 their name up to the first dot: `7.json` holds keys of the row, `7.txt` the caption, `7.jpg` the image, `7.chosen.png`
@@ -32,8 +32,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from dpo_jax.diffusion.data.images import MAX_PIXELS, OnMode, decode
-from dpo_jax.diffusion.data.places import FileBytes, ImageError, MemoryBytes, MemoryImage, ParquetBytes, Place
+from dpo_jax.diffusion.data.places import FileBytes, MemoryBytes, MemoryImage, ParquetBytes, Place
 from dpo_jax.rows import (
     OnBadRow,
     Reason,
@@ -88,14 +87,6 @@ class RowsRead(NamedTuple):
     ties: list[SkippedRow]
 
 
-class ImagesChecked(NamedTuple):
-    """Rows whose images can all be decoded, height and width of each of their images, and the rows left out."""
-
-    rows: list[ImageRow]
-    sizes: list[tuple[tuple[int, int], ...]]
-    skipped: list[SkippedRow]
-
-
 def read_rows(
     paths: str | Path | Sequence[str | Path], *, on_bad_row: OnBadRow = "error", ties: Ties = "drop"
 ) -> RowsRead:
@@ -128,52 +119,6 @@ def check_rows(
     """
     records = (((name, number, row), Path()) for number, row in enumerate(rows, 1))
     return _check(records, on_bad_row, ties)
-
-
-def load_images(row: ImageRow, *, on_mode: OnMode = "convert", max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, ...]:
-    """The K images of a row, uint8 [H, W, 3] RGB, of any sizes; the options are those of `images.decode`.
-
-    Raises:
-      RowError: an image that cannot be used.
-    """
-    names = (
-        ("chosen image", "rejected image") if row.form == "pairs" else [f"image {i}" for i in range(len(row.images))]
-    )
-    decoded = []
-    for name, place in zip(names, row.images, strict=True):
-        try:
-            decoded.append(decode(place, on_mode=on_mode, max_pixels=max_pixels))
-        except ImageError as error:
-            raise RowError(row.file, row.number, f"{name}: {error}") from None
-    return tuple(decoded)
-
-
-def check_images(
-    rows: Iterable[ImageRow],
-    *,
-    on_bad_row: OnBadRow = "error",
-    on_mode: OnMode = "convert",
-    max_pixels: int = MAX_PIXELS,
-) -> ImagesChecked:
-    """Decode every image once, so that a bad one is found before a run and not during it.
-
-    Raises:
-      RowError: an image that cannot be used (only with "error").
-    """
-    good: list[ImageRow] = []
-    sizes: list[tuple[tuple[int, int], ...]] = []
-    skipped: list[SkippedRow] = []
-    for row in rows:
-        try:
-            images = load_images(row, on_mode=on_mode, max_pixels=max_pixels)
-        except RowError as error:
-            if on_bad_row == "error":
-                raise
-            skipped.append(SkippedRow(error.file, error.number, error.reason))
-            continue
-        good.append(row)
-        sizes.append(tuple((image.shape[0], image.shape[1]) for image in images))
-    return ImagesChecked(good, sizes, skipped)
 
 
 def _check(records: Iterable[tuple[Record, Path]], on_bad_row: OnBadRow, ties: Ties) -> RowsRead:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 
+from dpo_jax.diffusion.data.decoding import check_images, load_images
 from dpo_jax.diffusion.data.places import FileBytes, MemoryBytes, ParquetBytes
-from dpo_jax.diffusion.data.rows import check_images, check_rows, load_images, parse_row, read_rows
+from dpo_jax.diffusion.data.rows import check_rows, parse_row, read_rows
 from dpo_jax.rows import RowError
 
 
@@ -166,7 +167,9 @@ def test_parquet_leaves_the_bytes_in_the_file(tmp_path, struct):
     assert read.rows[3].images == (ParquetBytes(str(path), 1, 2, "jpg_1"), ParquetBytes(str(path), 1, 2, "jpg_0"))
     assert [levels(row) for row in read.rows[:4]] == [[100, 0], [1, 101], [103, 3], [106, 6]]
     checked = check_images(read.rows, on_bad_row="skip")
-    assert [row.number for row in checked.rows] == [1, 2, 4, 7] and checked.sizes[0] == ((6, 4), (6, 4))
+    assert [row.number for row in checked.rows] == [1, 2, 4, 7] and [seen.size for seen in checked.images[0]] == [
+        (6, 4)
+    ] * 2
     assert [(bad.number, bad.reason.split(":")[0]) for bad in checked.skipped] == [(8, "rejected image")]
     with pytest.raises(RowError, match=r"row 8: rejected image: the image (is missing|has no bytes)"):
         check_images(read.rows)

@@ -35,7 +35,7 @@ def inpo_inputs(
     process: Process,
     reference: Predict,
     key: Array,
-    steps: int = 10,
+    inversion_steps: int = 10,
     eta: float = 0.1,
     snap: bool = True,
 ) -> Inputs:
@@ -46,7 +46,7 @@ def inpo_inputs(
       process: what the models were trained to undo.
       reference: the frozen model, which inverts, without guidance.
       key: of the fresh noise, which each image has of its own.
-      steps: of the inversion's grid over all timesteps.
+      inversion_steps: of the inversion's grid over all timesteps.
       eta: share of fresh noise after each step; 0 for none, which straight paths need.
       snap: tell the models the level that the inversion reached; False tells them the drawn timestep, as published.
     """
@@ -57,7 +57,7 @@ def inpo_inputs(
         times=times,
         condition=condition,
         process=process,
-        steps=steps,
+        steps=inversion_steps,
         eta=eta,
         key=key,
         snap=snap,
@@ -72,7 +72,7 @@ def inpo_policy_inputs(
     process: Process,
     policy: Predict,
     key: Array,
-    steps: int = 10,
+    inversion_steps: int = 10,
     eta: float = 0.1,
     snap: bool = False,
 ) -> Inputs:
@@ -84,7 +84,7 @@ def inpo_policy_inputs(
         process=process,
         reference=policy,
         key=key,
-        steps=steps,
+        steps=inversion_steps,
         eta=eta,
         snap=snap,
     )

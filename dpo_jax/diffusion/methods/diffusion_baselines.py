@@ -7,23 +7,23 @@ IPO (arXiv 2310.12036) on denoising errors: from another library's code. DSPO (Z
 
     m = (L_ref^w - L_ref^l) - (L_theta^w - L_theta^l),   z = (beta / 2) m,   L = mean squared error of the prediction
 
-    sft            L_theta of single images               sft_chosen  L_theta^w
+    sft            L_theta of single images               sft_chosen  L_theta^w (all these with diffusion_ before them)
     sft_both       (L_theta^w + L_theta^l) / 2            hinge       max(0, 1 - z)
     ipo            (m - 1 / (2 beta))^2, on m without the beta / 2
     conservative   (1 - e) softplus(-z) + e softplus(z), least at z = log((1 - e) / e)
-    dpo_plus_sft   softplus(-z) + c L_theta^w
+    dpo_sft        softplus(-z) + c L_theta^w
     dspo           mean ((e_theta^w - target) - b sigma(-(b/2) m) (e_theta^w - e_ref^w))^2, differentiated through sigma
     dspo_threshold (1 - sigma(z))^2 times mean (e_theta^w - e_ref^w)^2 where that is at least 0.1, else times 1
     sdpo           -log sigma(z) whose gradient through L_theta^l is scaled by lambda (`rejected_scale`)
 
 Hinge is 1 and IPO 1 / (4 beta^2) where the policy is the reference; DSPO is there the chosen image's error. With
-c = 0, e = 0 or lambda = 1 the three losses that have them are Diffusion-DPO; CSFT with equal tags is sft_both.
+c = 0, e = 0 or lambda = 1 the three losses that have them are Diffusion-DPO; with equal tags CSFT is sft_both.
 
 >>> import jax.numpy as jnp
 >>> error = jnp.array([0.5])
 >>> arrays = dict(policy_chosen_error=error, policy_rejected_error=error,
 ...               reference_chosen_error=error + 0.25, reference_rejected_error=error)  # m = 0.25
->>> float(hinge_loss(**arrays, beta=4.0).loss[0]), float(ipo_loss(**arrays, beta=1.0).loss[0])
+>>> float(diffusion_hinge_loss(**arrays, beta=4.0).loss[0]), float(diffusion_ipo_loss(**arrays, beta=1.0).loss[0])
 (0.5, 0.0625)
 """
 
@@ -39,22 +39,22 @@ from dpo_jax.ops import logistic_loss, require_between, require_positive, smooth
 from dpo_jax.types import Array, LossOutput
 
 
-def sft_loss(*, policy_image_error: Array) -> LossOutput:
+def diffusion_sft_loss(*, policy_image_error: Array) -> LossOutput:
     """Fine-tuning on single images; CSFT is this loss of `tagged_rows`."""
     return LossOutput(policy_image_error.astype(jnp.float32), {})
 
 
-def sft_chosen_loss(*, policy_chosen_error: Array) -> LossOutput:
-    """Fine-tuning on the chosen images of pairs. Rows of the chosen images alone, with `sft_loss`, cost half."""
+def diffusion_sft_chosen_loss(*, policy_chosen_error: Array) -> LossOutput:
+    """Fine-tuning on the chosen images of pairs; rows of them alone, with `diffusion_sft_loss`, cost half."""
     return LossOutput(policy_chosen_error.astype(jnp.float32), {})
 
 
-def sft_both_loss(*, policy_chosen_error: Array, policy_rejected_error: Array) -> LossOutput:
+def diffusion_sft_both_loss(*, policy_chosen_error: Array, policy_rejected_error: Array) -> LossOutput:
     """Fine-tuning on both images: a control that sees the data and not the preference."""
     return LossOutput((policy_chosen_error.astype(jnp.float32) + policy_rejected_error.astype(jnp.float32)) / 2, {})
 
 
-def hinge_loss(
+def diffusion_hinge_loss(
     *,
     policy_chosen_error: Array,
     policy_rejected_error: Array,
@@ -72,7 +72,7 @@ def hinge_loss(
     return LossOutput(jax.nn.relu(1.0 - 0.5 * beta * gains.margin), _metrics(gains, 0.5 * beta))
 
 
-def ipo_loss(
+def diffusion_ipo_loss(
     *,
     policy_chosen_error: Array,
     policy_rejected_error: Array,
@@ -90,7 +90,7 @@ def ipo_loss(
     return LossOutput(jnp.square(gains.margin - 1 / (2 * beta)), _metrics(gains, 1.0))
 
 
-def conservative_loss(
+def diffusion_conservative_loss(
     *,
     policy_chosen_error: Array,
     policy_rejected_error: Array,
@@ -112,7 +112,7 @@ def conservative_loss(
     return LossOutput(loss, _metrics(gains, 0.5 * beta))
 
 
-def dpo_plus_sft_loss(
+def diffusion_dpo_sft_loss(
     *,
     policy_chosen_error: Array,
     policy_rejected_error: Array,

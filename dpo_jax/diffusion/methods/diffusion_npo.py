@@ -14,7 +14,7 @@ hence alpha = 1; delta = 0 and alpha = 0 guide a tuned model by its base.
 
 >>> import jax.numpy as jnp
 >>> error = jnp.array([0.5])
->>> out = npo_loss(policy_chosen_error=error, policy_rejected_error=error,
+>>> out = diffusion_npo_loss(policy_chosen_error=error, policy_rejected_error=error,
 ...                reference_chosen_error=error + 0.001, reference_rejected_error=error, beta=2000.0)
 >>> round(float(out.loss[0]), 4)
 1.3133
@@ -27,7 +27,7 @@ from dpo_jax.ops import logistic_loss, require_positive
 from dpo_jax.types import Array, LossOutput, PyTree
 
 
-def npo_loss(
+def diffusion_npo_loss(
     *,
     policy_chosen_error: Array,
     policy_rejected_error: Array,
@@ -61,7 +61,7 @@ def compose_negative(
 
     Args:
       base: parameters before any tuning.
-      negative: what `npo_loss` (or another method's exchanged loss) made of them.
+      negative: what `diffusion_npo_loss` (or another method's exchanged loss) made of them.
       positive: parameters tuned to the preference, None for the base itself.
       alpha: share of the positive offset; 0 leaves it out.
       beta: share of the negative offset.

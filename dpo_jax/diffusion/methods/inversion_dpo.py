@@ -39,7 +39,7 @@ def inversion_dpo_inputs(
     condition: PyTree,
     process: Process,
     reference: Predict,
-    steps: int = 40,
+    trajectory_steps: int = 40,
     guidance: float = 2.0,
 ) -> Inputs:
     """The reference's inverted trajectory of each image; its predictions are the targets.
@@ -50,10 +50,10 @@ def inversion_dpo_inputs(
       clean: [N, ...]; condition: leaves [N, ...].
       process: what the models were trained to undo.
       reference: the frozen model, which inverts.
-      steps: S of the trajectory; 80 in the published launcher, 40 in its code.
+      trajectory_steps: S of the trajectory; 80 in the published launcher, 40 in its code.
       guidance: inside both models; 1 leaves the empty prompt out. The published SDXL code's empty prompt is zeros.
     """
-    table, rows = inversion_steps(process, steps, offset=0), clean.shape[0]
+    table, rows = inversion_steps(process, trajectory_steps, offset=0), clean.shape[0]
     model, told = reference, condition
     if guidance != 1:
         model, told = guided(reference, guidance), Guidance(condition, empty_condition(process, rows))
@@ -62,7 +62,7 @@ def inversion_dpo_inputs(
     states, targets = (jnp.moveaxis(x, 1, 0) for x in (found.states[:, :-1], found.predictions))  # [S, N, ...]
     times = jnp.asarray(table.time[::-1])  # rising, as the inversion runs
     weights = step_weights(process, times)
-    spread = (jnp.broadcast_to(x[:, None], (steps, rows)) for x in (times, weights))
+    spread = (jnp.broadcast_to(x[:, None], (trajectory_steps, rows)) for x in (times, weights))
     times, weights = spread
     return jax.lax.stop_gradient(Inputs(states, times, targets, condition, weights))._replace(guidance=guidance)
 

@@ -90,7 +90,7 @@ def self_npo_inputs(
     process: Process,
     reference: Predict,
     key: Array,
-    steps: int = 5,
+    rollout_steps: int = 5,
     grid: int = 25,
     guidance: float = 0.0,
 ) -> Inputs:
@@ -104,7 +104,7 @@ def self_npo_inputs(
       process: what the models were trained to undo; gives the empty prompt.
       reference: the model that rolls out.
       key: of the levels s and their noise.
-      steps: K of a rollout.
+      rollout_steps: K of a rollout.
       grid: number of the grid's levels over all timesteps.
       guidance: of the rollout: 0 is without the prompt, as published, and 1 with it.
     """
@@ -119,7 +119,7 @@ def self_npo_inputs(
     elif guidance != 1:
         model, told = guided(reference, guidance), Guidance(condition, empty_condition(process, rows))
     noised = add_noise(clean, own_noise, level_of(process, start))
-    latents, here, said = truncated_rollout(model, noised, start, told, process, steps=steps, stride=stride)
+    latents, here, said = truncated_rollout(model, noised, start, told, process, steps=rollout_steps, stride=stride)
     level_key, noise_key = jax.random.split(key)
     share = jax.random.uniform(level_key, (rows,))
     after = here + (last - here) * share

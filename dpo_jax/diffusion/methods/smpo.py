@@ -64,7 +64,7 @@ def smpo_inputs(
     condition: PyTree,
     process: Process,
     reference: Predict,
-    steps: int = 10,
+    inversion_steps: int = 10,
     calls: int = 2,
     snap: bool = True,
 ) -> Inputs:
@@ -74,7 +74,7 @@ def smpo_inputs(
       clean: [N, ...]; times: [N], shared by the images of a row; condition: leaves [N, ...].
       process: what the models were trained to undo.
       reference: the frozen model, which inverts, without guidance.
-      steps: of the inversion's grid over all timesteps; 5 for Stable Diffusion 1.5.
+      inversion_steps: of the inversion's grid over all timesteps; 5 for Stable Diffusion 1.5.
       calls: predictions of a step that are averaged; 1 is plain DDIM inversion.
       snap: tell the models the level that the inversion reached; False tells them the drawn timestep, as published.
     """
@@ -84,7 +84,7 @@ def smpo_inputs(
         times=times,
         condition=condition,
         process=process,
-        steps=steps,
+        steps=inversion_steps,
         weights=averaged(0, calls),
         snap=snap,
     )
@@ -97,7 +97,7 @@ def smpo_policy_inputs(
     condition: PyTree,
     process: Process,
     policy: Predict,
-    steps: int = 10,
+    inversion_steps: int = 10,
     calls: int = 2,
     snap: bool = False,
 ) -> Inputs:
@@ -108,7 +108,7 @@ def smpo_policy_inputs(
         condition=condition,
         process=process,
         reference=policy,
-        steps=steps,
+        steps=inversion_steps,
         calls=calls,
         snap=snap,
     )

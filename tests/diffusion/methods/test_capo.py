@@ -18,7 +18,7 @@ from dpo_jax.diffusion.methods.capo import (
     level_weights,
     pareto_frontiers,
 )
-from dpo_jax.diffusion.methods.diffusion_baselines import ipo_loss
+from dpo_jax.diffusion.methods.diffusion_baselines import diffusion_ipo_loss
 from dpo_jax.diffusion.schedule import flow_level, snr
 
 
@@ -55,7 +55,7 @@ def test_value_and_gradient_without_weights():
 def test_a_gap_of_one_is_ipo_times_beta_squared():
     arrays, beta = errors(), 3.0
     own = capo_unweighted_loss(**float32({**arrays, "reward_gap": np.ones(5)}), beta=beta).loss
-    np.testing.assert_allclose(own, beta**2 * ipo_loss(**float32(arrays), beta=beta / 2).loss, rtol=1e-5)
+    np.testing.assert_allclose(own, beta**2 * diffusion_ipo_loss(**float32(arrays), beta=beta / 2).loss, rtol=1e-5)
 
 
 def test_start_and_optimum():

@@ -10,18 +10,18 @@ from error_arrays import PROCESS, at_margin, batch_of, denoiser, errors, margin
 from numeric import assert_formula, float32, gradients, sigmoid, softplus
 
 from dpo_jax.diffusion.methods.diffusion_baselines import (
-    conservative_loss,
-    dpo_plus_sft_loss,
+    diffusion_conservative_loss,
+    diffusion_dpo_sft_loss,
+    diffusion_hinge_loss,
+    diffusion_ipo_loss,
+    diffusion_sft_both_loss,
+    diffusion_sft_chosen_loss,
+    diffusion_sft_loss,
     dspo_loss,
     dspo_threshold_loss,
-    hinge_loss,
-    ipo_loss,
     rejected_scale,
     scale_gradient,
     sdpo_loss,
-    sft_both_loss,
-    sft_chosen_loss,
-    sft_loss,
     tagged_rows,
 )
 from dpo_jax.diffusion.methods.diffusion_dpo import diffusion_dpo_loss
@@ -84,10 +84,10 @@ def numpy_dspo_threshold(a, beta, threshold):
 @pytest.mark.parametrize(
     ("loss", "formula", "options"),
     [
-        (hinge_loss, numpy_hinge, dict(beta=3.0)),
-        (ipo_loss, numpy_ipo, dict(beta=0.7)),
-        (conservative_loss, numpy_conservative, dict(beta=4.0, label_smoothing=0.3)),
-        (dpo_plus_sft_loss, numpy_dpo_plus_sft, dict(beta=4.0, sft_coef=0.6)),
+        (diffusion_hinge_loss, numpy_hinge, dict(beta=3.0)),
+        (diffusion_ipo_loss, numpy_ipo, dict(beta=0.7)),
+        (diffusion_conservative_loss, numpy_conservative, dict(beta=4.0, label_smoothing=0.3)),
+        (diffusion_dpo_sft_loss, numpy_dpo_plus_sft, dict(beta=4.0, sft_coef=0.6)),
     ],
 )
 @pytest.mark.parametrize("seed", [0, 1])
@@ -118,9 +118,13 @@ def test_dspo(loss, formula, options, names):
 def test_fine_tuning_is_the_error_itself():
     arrays = errors()
     chosen, rejected = arrays["policy_chosen_error"], arrays["policy_rejected_error"]
-    np.testing.assert_allclose(sft_chosen_loss(policy_chosen_error=jnp.asarray(chosen)).loss, chosen, rtol=1e-6)
-    np.testing.assert_allclose(sft_loss(policy_image_error=jnp.asarray(chosen)).loss, chosen, rtol=1e-6)
-    both = sft_both_loss(policy_chosen_error=jnp.asarray(chosen), policy_rejected_error=jnp.asarray(rejected)).loss
+    np.testing.assert_allclose(
+        diffusion_sft_chosen_loss(policy_chosen_error=jnp.asarray(chosen)).loss, chosen, rtol=1e-6
+    )
+    np.testing.assert_allclose(diffusion_sft_loss(policy_image_error=jnp.asarray(chosen)).loss, chosen, rtol=1e-6)
+    both = diffusion_sft_both_loss(
+        policy_chosen_error=jnp.asarray(chosen), policy_rejected_error=jnp.asarray(rejected)
+    ).loss
     np.testing.assert_allclose(both, (chosen + rejected) / 2, rtol=1e-6)
 
 
@@ -129,17 +133,17 @@ def test_fine_tuning_is_the_error_itself():
 
 def test_values_at_the_reference():
     arrays: dict[str, Any] = float32(at_margin(0.0))
-    np.testing.assert_allclose(hinge_loss(**arrays).loss, 1.0)
-    np.testing.assert_allclose(ipo_loss(**arrays, beta=3.0).loss, 1 / (4 * 9.0), rtol=1e-6)
-    np.testing.assert_allclose(conservative_loss(**arrays).loss, LOG2, rtol=1e-6)
+    np.testing.assert_allclose(diffusion_hinge_loss(**arrays).loss, 1.0)
+    np.testing.assert_allclose(diffusion_ipo_loss(**arrays, beta=3.0).loss, 1 / (4 * 9.0), rtol=1e-6)
+    np.testing.assert_allclose(diffusion_conservative_loss(**arrays).loss, LOG2, rtol=1e-6)
 
 
 def test_where_the_three_meet_diffusion_dpo():
     arrays: dict[str, Any] = float32(errors())
     expected = diffusion_dpo_loss(**arrays, beta=7.0).loss
-    np.testing.assert_array_equal(conservative_loss(**arrays, beta=7.0, label_smoothing=0.0).loss, expected)
-    np.testing.assert_array_equal(dpo_plus_sft_loss(**arrays, beta=7.0, sft_coef=0.0).loss, expected)
-    fitted = dpo_plus_sft_loss(**arrays, beta=0.0).loss
+    np.testing.assert_array_equal(diffusion_conservative_loss(**arrays, beta=7.0, label_smoothing=0.0).loss, expected)
+    np.testing.assert_array_equal(diffusion_dpo_sft_loss(**arrays, beta=7.0, sft_coef=0.0).loss, expected)
+    fitted = diffusion_dpo_sft_loss(**arrays, beta=0.0).loss
     np.testing.assert_allclose(fitted, LOG2 + arrays["policy_chosen_error"], rtol=1e-6)
     opposed = only(predictions())
     targets: dict[str, Any] = dict(chosen_target=jnp.ones((5, 1)), rejected_target=-jnp.ones((5, 1)))
@@ -152,13 +156,15 @@ def test_where_the_three_meet_diffusion_dpo():
 
 
 def test_hinge_lets_go_of_pairs_beyond_its_margin():
-    slopes = gradients(hinge_loss, at_margin([0.4, 0.6, 5.0]), beta=4.0)
+    slopes = gradients(diffusion_hinge_loss, at_margin([0.4, 0.6, 5.0]), beta=4.0)
     np.testing.assert_allclose(slopes["policy_chosen_error"], [2.0, 0.0, 0.0])
 
 
 def test_conservative_loss_is_least_at_the_log_odds():
     beta, e = 4.0, 0.1
-    slopes = gradients(conservative_loss, at_margin(2 * np.log((1 - e) / e) / beta), beta=beta, label_smoothing=e)
+    slopes = gradients(
+        diffusion_conservative_loss, at_margin(2 * np.log((1 - e) / e) / beta), beta=beta, label_smoothing=e
+    )
     np.testing.assert_allclose(slopes["policy_chosen_error"], 0.0, atol=1e-6)
 
 
@@ -177,7 +183,7 @@ def test_dspo_at_the_reference_is_fine_tuning_with_a_gradient_a_little_smaller()
 @pytest.mark.parametrize("label_smoothing", [0.6, float("inf")])
 def test_more_wrong_labels_than_half_are_refused(label_smoothing):
     with pytest.raises(ValueError, match="label_smoothing"):
-        conservative_loss(**float32(errors()), label_smoothing=label_smoothing)
+        diffusion_conservative_loss(**float32(errors()), label_smoothing=label_smoothing)
 
 
 # The safeguard
@@ -299,7 +305,7 @@ def test_equal_tags_are_fine_tuning_on_both_images():
         objective = from_loss(loss, PROCESS)
         return jax.vmap(lambda key: jnp.mean(objective(denoiser(params), None, rows, key).loss))(keys)
 
-    both, tagged = means(sft_both_loss, batch), means(sft_loss, singles)
+    both, tagged = means(diffusion_sft_both_loss, batch), means(diffusion_sft_loss, singles)
     spread = np.sqrt(np.var(both) / 1000 + np.var(tagged) / 1000)
     assert abs(np.mean(both) - np.mean(tagged)) < 4 * spread
     assert spread < 0.02

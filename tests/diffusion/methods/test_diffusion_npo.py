@@ -11,7 +11,7 @@ from exact_models import gaussian_flow, gaussian_model
 
 from dpo_jax.diffusion.errors import measure
 from dpo_jax.diffusion.methods.diffusion_dpo import diffusion_dpo_loss
-from dpo_jax.diffusion.methods.diffusion_npo import compose_negative, npo_loss
+from dpo_jax.diffusion.methods.diffusion_npo import compose_negative, diffusion_npo_loss
 from dpo_jax.diffusion.methods.self_npo import (
     noise_further,
     self_npo_inputs,
@@ -46,12 +46,12 @@ def test_exchanged_loss_is_softplus_of_the_margin():
         a["reference_chosen_error"] - a["policy_chosen_error"]
         - a["reference_rejected_error"] + a["policy_rejected_error"]
     )  # fmt: skip
-    output = npo_loss(**errors, beta=10.0)
+    output = diffusion_npo_loss(**errors, beta=10.0)
     np.testing.assert_allclose(output.loss, np.logaddexp(0, z), rtol=1e-5)
     np.testing.assert_allclose(output.metrics["margin"], z, atol=1e-5)
     positive = diffusion_dpo_loss(**errors, beta=10.0)
     np.testing.assert_allclose(output.loss - positive.loss, z, atol=1e-5)
-    gradient = jax.grad(lambda e: npo_loss(**e, beta=10.0).loss.sum())(errors)
+    gradient = jax.grad(lambda e: diffusion_npo_loss(**e, beta=10.0).loss.sum())(errors)
     slope = 5.0 / (1 + np.exp(-z))
     np.testing.assert_allclose(gradient["policy_chosen_error"], -slope, rtol=1e-4)
     np.testing.assert_allclose(gradient["policy_rejected_error"], slope, rtol=1e-4)
@@ -62,7 +62,7 @@ def test_exchanged_loss_is_diffusion_dpo_of_exchanged_arguments():
     other = {"chosen": "rejected", "rejected": "chosen"}
     exchanged = {name.replace(s, other[s]): x for name, x in errors.items() for s in [name.split("_")[1]]}
     np.testing.assert_allclose(
-        npo_loss(**errors, beta=10.0).loss, diffusion_dpo_loss(**exchanged, beta=10.0).loss, rtol=1e-6
+        diffusion_npo_loss(**errors, beta=10.0).loss, diffusion_dpo_loss(**exchanged, beta=10.0).loss, rtol=1e-6
     )
 
 
@@ -70,7 +70,9 @@ def test_gradients_at_the_reference_are_opposite():
     errors = pair_errors()
     for side in ("chosen", "rejected"):
         errors[f"policy_{side}_error"] = errors[f"reference_{side}_error"]
-    one, two = (jax.grad(lambda e, f=f: f(**e, beta=10.0).loss.sum())(errors) for f in (npo_loss, diffusion_dpo_loss))
+    one, two = (
+        jax.grad(lambda e, f=f: f(**e, beta=10.0).loss.sum())(errors) for f in (diffusion_npo_loss, diffusion_dpo_loss)
+    )
     for name in NAMES:
         np.testing.assert_allclose(one[name], -two[name], atol=1e-6)
 
@@ -233,7 +235,9 @@ def test_rollouts_are_without_the_prompt_unless_guided():
         asked[condition.shape] = True
         return latents * (0.5 + 0.1 * condition[:, None])
 
-    given = data(8) | dict(times=jnp.full(8, 500.0), process=PROCESSES["noise"], reference=model, key=KEY, steps=2)
+    given = data(8) | dict(
+        times=jnp.full(8, 500.0), process=PROCESSES["noise"], reference=model, key=KEY, rollout_steps=2
+    )
     without, told, strong = (self_npo_inputs(**given, guidance=g) for g in (0.0, 1.0, 0.5))
     blind = self_npo_inputs(**{**given, "condition": jnp.zeros(8)}, guidance=1.0)
     np.testing.assert_allclose(without.latents, blind.latents, atol=1e-6)
@@ -246,7 +250,9 @@ def test_rollouts_are_without_the_prompt_unless_guided():
 def test_without_steps_the_reference_distils_itself():
     """K = 0 and no further noise: the target is what the reference predicts at its own level."""
     process, exact = PROCESSES["noise"], gaussian_model(SD, predicts_noise)
-    inputs = self_npo_inputs(**data(8), times=jnp.full(8, 999.0), process=process, reference=exact, key=KEY, steps=0)
+    inputs = self_npo_inputs(
+        **data(8), times=jnp.full(8, 999.0), process=process, reference=exact, key=KEY, rollout_steps=0
+    )
     np.testing.assert_array_equal(inputs.times, 999)
     np.testing.assert_allclose(measure(exact, inputs, process, ("error",))["error"], 0, atol=1e-6)
 
@@ -265,7 +271,7 @@ def test_a_negative_branch_that_learnt_the_rejected_images_improves_guidance():
     base, pairs = sloppy(), two_modes.make_pairs(10_000, 1)
     rows = world.rows_of([pairs.chosen, pairs.rejected], np.full(10_000, world.EMPTY))
     for seed in (0, 1):
-        negative = world.train(npo_loss, rows, steps=100, beta=20.0, seed=seed, start=base, reference=base)
+        negative = world.train(diffusion_npo_loss, rows, steps=100, beta=20.0, seed=seed, start=base, reference=base)
         plain = world.measures(base, scale=2.0, seed=seed)
         guided = world.measures(base, scale=2.0, seed=seed, negative=negative)
         assert guided.preferred > plain.preferred + 0.1, (plain, guided)

@@ -87,7 +87,12 @@ def test_the_weighted_error_is_that_of_the_published_loop(guidance):
     @jit
     def run(clean, condition):
         inputs = inversion_dpo_inputs(
-            clean=clean, condition=condition, process=PROCESS, reference=model(0.9), steps=steps, guidance=guidance
+            clean=clean,
+            condition=condition,
+            process=PROCESS,
+            reference=model(0.9),
+            trajectory_steps=steps,
+            guidance=guidance,
         )
         return measure(model(1.0), inputs, PROCESS, ("error",))["error"], inputs.times, inputs.latents[:2]
 
@@ -118,7 +123,7 @@ def test_the_divergence_does_not_depend_on_what_the_model_predicts():
     @jit
     def run(clean, condition):
         inputs = inversion_dpo_inputs(
-            clean=clean, condition=condition, process=PROCESS, reference=model(0.9), steps=8, guidance=1.0
+            clean=clean, condition=condition, process=PROCESS, reference=model(0.9), trajectory_steps=8, guidance=1.0
         )
         target = jnp.stack([in_velocity(*point) for point in zip(inputs.target, inputs.latents, inputs.times)])
         weights = jnp.broadcast_to(step_weights(velocity, inputs.times[:, 0])[:, None], inputs.times.shape)
@@ -136,7 +141,7 @@ def two_mode_gradient(start):
     rows = jax.tree.map(lambda leaf: leaf[:32], world.pairs_of(two_modes.make_pairs(100, 0)))
     reference = world.base_model()
     objective = from_loss(
-        inversion_dpo_loss, world.PROCESS, inputs=inversion_dpo_inputs, steps=10, guidance=1.0, beta=20.0
+        inversion_dpo_loss, world.PROCESS, inputs=inversion_dpo_inputs, trajectory_steps=10, guidance=1.0, beta=20.0
     )
 
     def mean(params, reference):

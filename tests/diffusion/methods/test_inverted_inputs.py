@@ -169,7 +169,14 @@ def test_inputs_are_those_of_the_published_loop(steps, calls, snap):
     latents, last = published_loop(clean, condition, steps, calls)
     given = jit(
         lambda x, t, c: smpo_inputs(
-            clean=x, times=t, condition=c, process=PROCESS, reference=model, steps=steps, calls=calls, snap=snap
+            clean=x,
+            times=t,
+            condition=c,
+            process=PROCESS,
+            reference=model,
+            inversion_steps=steps,
+            calls=calls,
+            snap=snap,
         )
     )(*(jnp.asarray(v, jnp.float32) for v in (clean, TIMES, condition)))
     times = last if snap else TIMES
@@ -259,7 +266,7 @@ def test_many_steps_follow_the_models_probability_flow(process):
             times=jnp.full(N, 801.0),
             condition=None,
             process=process,
-            steps=200,
+            inversion_steps=200,
             weights=fixed_point(2),
         )
 

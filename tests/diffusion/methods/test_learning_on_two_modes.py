@@ -13,7 +13,7 @@ import pytest
 import two_mode_model as world
 
 from dpo_jax.diffusion.methods.capo import capo_unweighted_inputs, capo_unweighted_loss
-from dpo_jax.diffusion.methods.diffusion_baselines import sft_chosen_loss, sft_loss
+from dpo_jax.diffusion.methods.diffusion_baselines import diffusion_sft_chosen_loss, diffusion_sft_loss
 from dpo_jax.diffusion.methods.diffusion_dpo import diffusion_dpo_loss
 from dpo_jax.diffusion.methods.diffusion_kto import diffusion_kto_loss
 from dpo_jax.diffusion.methods.mapo import mapo_loss
@@ -59,7 +59,7 @@ def test_beta_trades_the_preference_for_the_tie_to_the_reference():
 
 
 def test_fine_tuning_on_the_chosen_images():
-    tuned = measures(world.train(sft_chosen_loss, world.pairs_of(PAIRS)))
+    tuned = measures(world.train(diffusion_sft_chosen_loss, world.pairs_of(PAIRS)))
     assert tuned.preferred > 0.9 and tuned.on_manifold > 0.85
 
 
@@ -88,7 +88,9 @@ def captioned():
 def after_right_captions():
     points, _ = captioned()
     base = world.base_model(random_classes=0.5)
-    return measures(world.train(sft_loss, world.rows_of([points.points], points.classes), reference=base, steps=200))
+    return measures(
+        world.train(diffusion_sft_loss, world.rows_of([points.points], points.classes), reference=base, steps=200)
+    )
 
 
 @pytest.mark.parametrize(("loss", "inputs", "beta"), [(tdpo_loss, tdpo_inputs, 5.0), (tkto_loss, tkto_inputs, 2.5)])

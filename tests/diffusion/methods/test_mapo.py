@@ -9,7 +9,7 @@ import pytest
 from error_arrays import errors
 from numeric import assert_formula, float32, gradients, softplus
 
-from dpo_jax.diffusion.methods.diffusion_baselines import sft_chosen_loss
+from dpo_jax.diffusion.methods.diffusion_baselines import diffusion_sft_chosen_loss
 from dpo_jax.diffusion.methods.mapo import likelihood_score, mapo_loss
 from dpo_jax.signatures import read_needs
 
@@ -54,7 +54,7 @@ def test_without_the_preference_it_is_fine_tuning():
     arrays = policy_errors()
     np.testing.assert_allclose(
         mapo_loss(**float32(arrays), beta=0.0).loss,
-        sft_chosen_loss(policy_chosen_error=jnp.asarray(arrays["policy_chosen_error"])).loss,
+        diffusion_sft_chosen_loss(policy_chosen_error=jnp.asarray(arrays["policy_chosen_error"])).loss,
     )
     slopes = gradients(mapo_loss, arrays, beta=0.0)
     np.testing.assert_array_equal(slopes["policy_rejected_error"], 0.0)

@@ -84,7 +84,7 @@ def inpo_policy_inputs(
         process=process,
         reference=policy,
         key=key,
-        steps=inversion_steps,
+        inversion_steps=inversion_steps,
         eta=eta,
         snap=snap,
     )

@@ -108,7 +108,7 @@ def smpo_policy_inputs(
         condition=condition,
         process=process,
         reference=policy,
-        steps=inversion_steps,
+        inversion_steps=inversion_steps,
         calls=calls,
         snap=snap,
     )

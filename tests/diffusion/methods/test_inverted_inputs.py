@@ -266,7 +266,7 @@ def test_many_steps_follow_the_models_probability_flow(process):
             times=jnp.full(N, 801.0),
             condition=None,
             process=process,
-            inversion_steps=200,
+            steps=200,
             weights=fixed_point(2),
         )
 

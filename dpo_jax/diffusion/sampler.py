@@ -14,6 +14,7 @@ Latents are at the schedule's own scale throughout, alpha * clean + sigma * nois
 Rollouts keep float32 latents whatever the model computes in.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from dpo_jax.diffusion.transitions import (
     draw,
     flow_sde_steps,
     log_prob,
+    of_examples,
     signal_variances,
     step_table,
     take_steps,
@@ -155,7 +157,8 @@ def sample(
       steps: a sampler's table, or a slice of one.
       condition: what the model is conditioned on, leaves [B, ...].
       parameterisation: what the model predicts.
-      key: needed by stochastic tables.
+      key: needed by stochastic tables; of the whole rollout, or keys [B] of its examples, whose noise then does not
+        depend on the others.
       record: first and last (exclusive) step whose states and log-probabilities are kept; (0, S) keeps all.
 
     Raises:
@@ -169,7 +172,10 @@ def sample(
     first, last = (0, 0) if record is None else record
     if record is not None and not 0 <= first < last <= count:
         raise ValueError(f"record {record} is no window of {count} steps; give 0 <= first < last <= {count}")
-    keys = None if steps.std is None or key is None else jax.random.split(key, count)
+    keys = None
+    if steps.std is not None and key is not None:
+        split = partial(jax.random.split, num=count)
+        keys = jax.vmap(split, out_axes=1)(key) if of_examples(key) else split(key)
 
     def advance(carry: tuple[Array, Array | None], inputs: tuple[Step, Array | None], *, keep: bool):
         state, previous = carry

@@ -140,8 +140,21 @@ def transition(step: Step, said: Denoised, previous_clean: Array | None = None) 
 
 
 def draw(given: Transition, key: Array) -> Array:
-    """A sample of the transition, float32 [B, ...], differentiable in mean and standard deviation."""
-    return given.mean + per_example(given.std, given.mean) * jax.random.normal(key, given.mean.shape, jnp.float32)
+    """A sample of the transition, float32 [B, ...], differentiable in mean and standard deviation.
+
+    Args:
+      key: of the batch, or keys [B] of its examples.
+    """
+    if of_examples(key):
+        noise = jax.vmap(lambda k: jax.random.normal(k, given.mean.shape[1:], jnp.float32))(key)
+    else:
+        noise = jax.random.normal(key, given.mean.shape, jnp.float32)
+    return given.mean + per_example(given.std, given.mean) * noise
+
+
+def of_examples(key: Array) -> bool:
+    """Whether there is a key for each example of a batch."""
+    return jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 1
 
 
 def log_prob(given: Transition, value: Array) -> Array:

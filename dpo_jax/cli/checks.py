@@ -48,6 +48,17 @@ _RANGES = {
     "weight_decay": (0, float("inf")),
     "clip": (0, float("inf")),
     "mesh_slices": (1, float("inf")),
+    "caption_dropout": (0, 1),
+    "offset_noise": (0, float("inf")),
+    "resolution": (1, float("inf")),
+    "encode_batch": (1, float("inf")),
+    "samples": (1, float("inf")),
+    "sampling_steps": (1, float("inf")),
+    "guidance": (0, float("inf")),
+    "guidance_rescale": (0, 1),
+    "eta": (0, 1),
+    "height": (1, float("inf")),
+    "width": (1, float("inf")),
 }
 # Name -> (low, high) of numbers that lie strictly between.
 _OPEN_RANGES = {
@@ -77,8 +88,9 @@ def check_options(method: Method, config: Any) -> None:
         raise UsageError(f"train {method.slug} needs {', '.join(missing)}")
     for part in (config.model, config.adapters, config.data, config.loop, config.optimizer):
         check_ranges(part)
-    _check_optimizer(config.optimizer)
-    _check_data_and_loop(config.data, config.loop)
+    check_optimizer(config.optimizer)
+    check_course(config.data, config.loop)
+    _check_lengths(config.data)
     _check_reference(method, config)
     _check_adapters(config)
     _check_frozen(method, config)
@@ -131,7 +143,8 @@ def _between(low: float, high: float) -> str:
     return f"between {low:g} and {high:g}" if low == 0 else f"from 0 to below {high:g}"
 
 
-def _check_optimizer(chosen: OptimizerConfig) -> None:
+def check_optimizer(chosen: OptimizerConfig) -> None:
+    """Raise UsageError for options that the algorithm does not read."""
     defaults = OptimizerConfig()
     for name in _UNREAD[chosen.optimizer]:
         if getattr(chosen, name) != getattr(defaults, name):
@@ -140,15 +153,13 @@ def _check_optimizer(chosen: OptimizerConfig) -> None:
         raise UsageError("--final-learning-rate has no effect with --schedule constant")
 
 
-def _check_data_and_loop(data: DataConfig, loop: LoopConfig) -> None:
+def check_course(data: Any, loop: LoopConfig) -> None:
+    """Raise UsageError for options of the loop and of held-out rows that have no effect; `data` is of either wing."""
     without_effect = {
         "--epochs has no effect with --steps": loop.steps is not None and loop.epochs != LoopConfig.epochs,
-        "--held-out has no effect with --eval-data": bool(data.eval_data) and data.held_out != DataConfig.held_out,
+        "--held-out has no effect with --eval-data": bool(data.eval_data) and data.held_out != type(data).held_out,
         "--eval-every has no effect with --held-out 0": (
             not data.eval_data and not data.held_out and loop.eval_every != LoopConfig.eval_every
-        ),
-        "--max-prompt-length has no effect with --truncation drop": (
-            data.truncation == "drop" and data.max_prompt_length is not None
         ),
         "--reference-update-rate has no effect without --reference-update-every": (
             loop.reference_update_rate != LoopConfig.reference_update_rate and not loop.reference_update_every
@@ -157,6 +168,11 @@ def _check_data_and_loop(data: DataConfig, loop: LoopConfig) -> None:
     for sentence, given in without_effect.items():
         if given:
             raise UsageError(sentence)
+
+
+def _check_lengths(data: DataConfig) -> None:
+    if data.truncation == "drop" and data.max_prompt_length is not None:
+        raise UsageError("--max-prompt-length has no effect with --truncation drop")
     if data.max_prompt_length is not None and data.max_prompt_length >= data.max_length:
         raise UsageError(
             f"--max-prompt-length is {data.max_prompt_length} and --max-length {data.max_length}; "
@@ -195,12 +211,17 @@ def _check_adapters(config: Any) -> None:
             "--reference-model needs a second frozen base beside that of the adapters; "
             "give --reference columns, or leave it out: the base is then the reference"
         )
-    if config.loop.reference_update_every and config.loop.reference_update_rate < 1:
+    check_adapter_course(config.loop, config.optimizer)
+
+
+def check_adapter_course(loop: LoopConfig, optimizer: OptimizerConfig) -> None:
+    """Raise UsageError for what a run of adapters cannot do."""
+    if loop.reference_update_every and loop.reference_update_rate < 1:
         raise UsageError(
-            f"--reference-update-rate {config.loop.reference_update_rate:g} would mix the factors of adapters and not "
+            f"--reference-update-rate {loop.reference_update_rate:g} would mix the factors of adapters and not "
             "their products; give 1"
         )
-    if config.optimizer.optimizer == "muon":
+    if optimizer.optimizer == "muon":
         raise UsageError("--optimizer muon has no effect on adapters: it moves whole kernels; give another")
 
 

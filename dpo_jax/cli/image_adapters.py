@@ -1,5 +1,6 @@
 """Adapters of diffusion models as the commands use them: made, selected for training, joined again, written."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,10 @@ def adapted_pipeline(model: OpenPipeline, options: ImageAdapterConfig) -> Adapte
         return AdaptedPipeline(model, denoiser_function(model), base, lambda variables, key: variables)
     alpha = float(options.lora_rank) if options.lora_alpha is None else options.lora_alpha
     try:
+        re.compile(options.lora_targets)
         config = LoraConfig(options.lora_rank, alpha, options.lora_targets, options.rslora, options.dora)
+    except re.error as error:
+        raise UsageError(f"--lora-targets is no regular expression: {error}") from error
     except ValueError as error:
         raise UsageError(str(error)) from error
 

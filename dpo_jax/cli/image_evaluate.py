@@ -10,9 +10,9 @@ from dpo_jax.cli.checks import check_ranges, mesh_of
 from dpo_jax.cli.configs import MeshConfig
 from dpo_jax.cli.console import OutputConfig, UsageError, result, say
 from dpo_jax.cli.image_configs import ImageModelConfig
-from dpo_jax.cli.image_generate import conditions_of, load_with_adapter, read_prompts, write_images
+from dpo_jax.cli.image_generate import conditions_of, load_with_adapter, read_prompts, require_adapter, write_images
 from dpo_jax.cli.image_models import open_images
-from dpo_jax.cli.image_sampling import ImageSampler, SamplingConfig
+from dpo_jax.cli.image_sampling import ImageSampler, SamplingConfig, check_sampling
 from dpo_jax.cli.processes import is_first, join_processes
 from dpo_jax.diffusion.rewards.load import load_reward
 from dpo_jax.diffusion.rewards.scores import win_rate
@@ -60,11 +60,12 @@ def evaluate_images(config: ImageEvaluateConfig) -> None:
       UsageError: options missing, out of range or without effect; a reference of another shape.
     """
     check_ranges(config)
-    check_ranges(config.sampling)
-    if config.samples < 1:
-        raise UsageError(f"--samples is {config.samples}; give at least 1")
+    check_sampling(config.sampling)
+    require_adapter(config.adapter)
     if len(config.reward) != len(config.reward_model):
         raise UsageError(f"{len(config.reward)} rewards and {len(config.reward_model)} folders; give one for each")
+    if missing := [folder for folder in config.reward_model if not Path(folder).exists()]:
+        raise UsageError(f"--reward-model {', '.join(missing)}: no such file or folder")
     prompts = [*config.prompt, *read_prompts(config.data)]
     if not prompts:
         raise UsageError("evaluate needs prompts: give --prompt or --data")

@@ -17,7 +17,7 @@ from dpo_jax.cli.configs import MeshConfig
 from dpo_jax.cli.console import OutputConfig, UsageError, result
 from dpo_jax.cli.image_configs import ImageModelConfig
 from dpo_jax.cli.image_models import OpenPipeline, open_images, text_encoder
-from dpo_jax.cli.image_sampling import ImageSampler, SamplingConfig, grid_of
+from dpo_jax.cli.image_sampling import ImageSampler, SamplingConfig, check_sampling, grid_of
 from dpo_jax.cli.processes import is_first, join_processes
 from dpo_jax.diffusion.data.rows import CAPTION_KEYS
 from dpo_jax.diffusion.models.adapters import load_adapter
@@ -64,11 +64,10 @@ def generate_images(config: ImageGenerateConfig) -> None:
       UsageError: options missing, out of range or without effect; a negative model of another shape.
     """
     check_ranges(config)
-    check_ranges(config.sampling)
+    check_sampling(config.sampling, negative_model=config.negative_model is not None)
+    require_adapter(config.adapter)
     if not config.out:
         raise UsageError("generate needs --out, a folder for the images")
-    if config.samples < 1:
-        raise UsageError(f"--samples is {config.samples}; give at least 1")
     prompts = [*config.prompt, *read_prompts(config.data)]
     if not prompts:
         raise UsageError("generate needs prompts: give --prompt or --data")
@@ -77,16 +76,14 @@ def generate_images(config: ImageGenerateConfig) -> None:
     mesh = mesh_of(config.mesh)
     options = ImageModelConfig(dtype=config.dtype, param_dtype=config.dtype)
     model = open_images(config.model, options)
-    variables = load_with_adapter(model, config.adapter, mesh)
-    negative = None
+    other = None
     if config.negative_model is not None:
         other = open_images(config.negative_model, options)
         if other.config != model.config:
             raise UsageError(f"{config.negative_model} has another shape than {config.model}")
-        negative = other.load(mesh)
-    sampler = ImageSampler(
-        model, config.sampling, mesh, batch_size=config.batch_size, two_networks=negative is not None
-    )
+    sampler = ImageSampler(model, config.sampling, mesh, batch_size=config.batch_size, two_networks=other is not None)
+    variables = load_with_adapter(model, config.adapter, mesh)
+    negative = None if other is None else other.load(mesh)
     conditions, empty = conditions_of(model, prompts, config.sampling)
     begun = time.perf_counter()
     repeated = [condition for condition in conditions for _ in range(config.samples)]
@@ -98,6 +95,12 @@ def generate_images(config: ImageGenerateConfig) -> None:
         write_images(Path(config.out), prompts, images, config.samples, config.seed)
         values = {"out": config.out, "images": len(images), "seconds": seconds}
         result(values, f"{len(images)} images in {config.out}, {seconds:.1f} s", as_json=config.output.json)
+
+
+def require_adapter(adapter: str | None) -> None:
+    """Raise UsageError for an adapter that is not there."""
+    if adapter is not None and not Path(adapter).exists():
+        raise UsageError(f"--adapter {adapter}: no such file or folder")
 
 
 def load_with_adapter(model: OpenPipeline, adapter: str | None, mesh: Mesh) -> PyTree:

@@ -1,6 +1,7 @@
 """Diffusion models as the commands use them: a pipeline's configs opened, its parts loaded when they are wanted."""
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from dpo_jax.cli.console import UsageError
 from dpo_jax.cli.image_configs import ImageModelConfig
 from dpo_jax.diffusion.models import mmdit, unet
 from dpo_jax.diffusion.models.folder import (
@@ -122,12 +124,17 @@ def open_images(model: str, options: ImageModelConfig) -> OpenPipeline:
     """Open a diffusers folder or hub id; reads configs and tokenizers, not yet weights.
 
     Raises:
+      UsageError: a folder that does not exist or is no pipeline.
       WeightsError: not a pipeline that can be read.
     """
     folder = Path(model)
+    if not folder.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        raise UsageError(f"no such folder: {model}; give that of a diffusers pipeline, or a hub id")
     # A run's folder stands for what it exported.
     if (folder / "export" / "model_index.json").exists():
         folder = folder / "export"
+    if folder.exists() and not (folder / "model_index.json").exists():
+        raise UsageError(f"{folder} is no diffusers pipeline: it has no model_index.json")
     opened = open_pipeline(folder if folder.exists() else model)
     denoiser = replace(opened.denoiser, dtype=options.dtype, param_dtype=options.param_dtype, remat=options.remat)
     return OpenPipeline(replace(opened, denoiser=denoiser))

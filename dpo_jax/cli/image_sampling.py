@@ -10,6 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from dpo_jax.cli.checks import check_ranges
 from dpo_jax.cli.console import UsageError
 from dpo_jax.cli.image_models import OpenPipeline, denoiser_function, image_decoder
 from dpo_jax.diffusion.sampler import Guidance, dpm_solver_steps, euler_steps, flow_euler_steps, guided, sample
@@ -42,6 +43,18 @@ class SamplingConfig:
     """Of the images; by default that of the model."""
     width: int | None = None
     """Of the images; by default that of the model."""
+
+
+def check_sampling(config: SamplingConfig, *, negative_model: bool = False) -> None:
+    """Raise UsageError for options that are out of range, and for those of guidance where there is none."""
+    check_ranges(config)
+    given = {
+        "--negative-prompt": bool(config.negative_prompt),
+        "--negative-model": negative_model,
+        "--guidance-rescale": config.guidance_rescale > 0,
+    }
+    if config.guidance == 1 and (idle := [name for name, used in given.items() if used]):
+        raise UsageError(f"{', '.join(idle)} has no effect with --guidance 1")
 
 
 def steps_of(model: OpenPipeline, config: SamplingConfig) -> Step:
@@ -98,8 +111,9 @@ class ImageSampler:
             if scale != 1 or two_networks:
                 model_of = guided(predict, scale, negative_predict=other, rescale=rescale)
                 condition = Guidance(positive, empty)
-            key = jax.random.fold_in(keys[0], 1)
-            return sample(model_of, noise, steps, condition, parameterisation=process.parameterisation, key=key).latents
+            later = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
+            kind = process.parameterisation
+            return sample(model_of, noise, steps, condition, parameterisation=kind, key=later).latents
 
         self._draw, self._decode = jax.jit(draw), image_decoder(model, mesh)
 

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from dpo_jax.cli.catalogue import Method, initial_loss_state
-from dpo_jax.cli.checks import check_ranges, mesh_of, option
+from dpo_jax.cli.checks import check_adapter_course, check_course, check_optimizer, check_ranges, mesh_of, option
 from dpo_jax.cli.configs import config_record
 from dpo_jax.cli.console import UsageError, say
 from dpo_jax.cli.image_adapters import AdaptedPipeline, adapted_pipeline, frozen_part, write_pipeline
@@ -71,6 +71,8 @@ def check_image_options(method: Method, config: Any) -> None:
         raise UsageError(f"train {method.slug} needs {', '.join(missing)}")
     for part in (config.adapters, config.data, config.loop, config.optimizer):
         check_ranges(part)
+    check_optimizer(config.optimizer)
+    check_course(config.data, config.loop)
     names = {
         "--reference-model": config.model.reference_model is not None,
         "--reference-update-every": config.loop.reference_update_every > 0,
@@ -85,7 +87,10 @@ def check_image_options(method: Method, config: Any) -> None:
     ]
     if changed and not chosen.lora_rank:
         raise UsageError(f"{', '.join(changed)} has no effect without --lora-rank")
-    if chosen.lora_rank and config.model.reference_model is not None:
+    if not chosen.lora_rank:
+        return
+    check_adapter_course(config.loop, config.optimizer)
+    if config.model.reference_model is not None:
         raise UsageError(
             "--reference-model needs a second frozen base beside that of the adapters; leave it out: the base is then "
             "the reference"

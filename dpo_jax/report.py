@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, SupportsFloat, TextIO
 
 METRICS_FILE = "metrics.jsonl"
-_SHOWN = ("loss", "margin", "accuracy", "tokens_per_second")
+_SHOWN = ("loss", "margin", "accuracy", "tokens_per_second", "images_per_second")
 
 
 class MetricsWriter:
@@ -147,14 +147,13 @@ class Progress:
 
         Args:
           step: counted from 0, not from `start`.
-          metrics: of them loss, margin, accuracy and tokens_per_second are shown. Values on a device are waited for:
-            give them only when they are logged anyway.
+          metrics: of them loss, margin, accuracy, tokens_per_second and images_per_second are shown. Values on a device
+            are waited for: give them only when they are logged anyway.
         """
         if self._disable:
             return
         shown = {name: _number(float(metrics[name])) for name in _SHOWN if metrics and name in metrics}
-        if "tokens_per_second" in shown:
-            shown["tokens/s"] = shown.pop("tokens_per_second")
+        shown = {name.replace("_per_second", "/s"): value for name, value in shown.items()}
         if self._bar is not None:
             if shown:
                 self._bar.set_postfix(shown, refresh=False)

@@ -152,6 +152,7 @@ def job_of(method: Method, config: Any, adapted: AdaptedPipeline, data: Prepared
         stream=stream,
         held_out=held_out if data.held_out else None,
         export=lambda state: export_state(state, adapted, out),
+        unit="images",
     )
 
 

@@ -52,6 +52,7 @@ class Job:
         speed is counted in (tokens, images).
       held_out: batches that hold every held-out row once, or None.
       export: writes the model of a state's variables.
+      unit: what the speed is counted in.
     """
 
     slug: str
@@ -70,6 +71,7 @@ class Job:
     stream: Callable[[int], Iterator[tuple[PyTree, int]]]
     held_out: Callable[[], Iterable[PyTree]] | None
     export: Callable[[TrainState], None]
+    unit: str = "tokens"
 
 
 def keep_config(out: Path, record: dict[str, Any]) -> None:
@@ -124,7 +126,7 @@ def run_job(job: Job, config: Any, mesh: Mesh, record: dict[str, Any], out: Path
             reference_update=update,
         )
         sharded, state = compile_step(step, state, mesh, job.rules)
-        course = Course(job.steps, loop.log_every, loop.eval_every, loop.save_every, f"train {job.slug}")
+        course = Course(job.steps, loop.log_every, loop.eval_every, loop.save_every, f"train {job.slug}", job.unit)
         with open_metrics(out, resume_step=resumed, active=is_first()) as metrics:
             state, outcome = run_course(
                 course,

@@ -34,6 +34,7 @@ class Course:
       steps: optimizer steps in all.
       log_every, eval_every, save_every: periods in steps; 0 for evaluation and checkpoints means at the end only.
       description: what the progress bar says.
+      unit: what the speed is counted in.
     """
 
     steps: int
@@ -41,6 +42,7 @@ class Course:
     eval_every: int
     save_every: int
     description: str
+    unit: str = "tokens"
 
 
 @dataclass
@@ -199,7 +201,7 @@ def run_course(
             number, outcome.last = lines[-1]
             outcome.first = outcome.first or lines[0][1]
             # The first lap holds compilation; it is shown, not counted.
-            rate = {"tokens_per_second": watch.lap(counted=number > start + 1)}
+            rate = {f"{course.unit}_per_second": watch.lap(counted=number > start + 1)}
             for step, line in lines:
                 metrics.write(step, "train", {**line, **rate})
             means = {name: float(np.mean([line[name] for _, line in lines])) for name in outcome.last}

@@ -205,7 +205,9 @@ def test_a_mesh_of_eight_gives_the_same_numbers(tiny, tmp_path, monkeypatch):
     monkeypatch.undo()
     answer = train_images(tiny, tmp_path / "eight", *small, "--mesh-fsdp", 2, "--mesh-model", 2)
     assert answer.code == 0, answer.err
-    np.testing.assert_allclose(losses(tmp_path / "eight"), losses(tmp_path / "one"), rtol=1e-4)
+    one, eight = losses(tmp_path / "one"), losses(tmp_path / "eight")
+    assert eight[0] == pytest.approx(one[0], abs=1e-4)
+    np.testing.assert_allclose(eight, one, rtol=5e-3)  # beta of 5000 and Adam enlarge rounding
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,9 @@ from dpo_jax.types import Array, PyTree
 
 _FORMAT = 1
 _SHOWN = 6  # leaves that an error message names
+_SMALL = 1 << 18  # elements of a leaf that is read to the host rather than that a program is compiled for it
+
+Words = TypeVar("Words", jax.Array, np.ndarray)
 
 
 class CheckpointError(RuntimeError):
@@ -294,8 +297,33 @@ def _as_asked(abstract_state: PyTree, arrays: dict[str, Array]) -> PyTree:
     return jax.tree_util.tree_map_with_path(fill, abstract_state)
 
 
+def _fingerprints(arrays: dict[str, Array]) -> dict[str, Array | np.uint32]:
+    """Fingerprint of each leaf; small ones on the host, where nothing is compiled for them."""
+    small = {name: array for name, array in arrays.items() if _is_small(array)}
+    host = {name: _host_fingerprint(np.asarray(array)) for name, array in jax.device_get(small).items()}
+    large = {name: array for name, array in arrays.items() if name not in small}
+    return {**host, **(_device_fingerprints(large) if large else {})}
+
+
+def _is_small(array: Array) -> bool:
+    readable = array.is_fully_addressable or array.is_fully_replicated
+    return readable and array.size <= _SMALL and (array.dtype == jnp.bool_ or array.dtype.itemsize in (1, 2, 4, 8))
+
+
+def _host_fingerprint(values: np.ndarray) -> np.uint32:
+    """What `_fingerprint` says, on the host."""
+    if values.dtype == np.bool_:
+        words = values.astype(np.uint32)
+    elif values.dtype.itemsize >= 4:
+        words = np.ascontiguousarray(values).view(np.uint32)
+    else:
+        words = np.ascontiguousarray(values).view(f"uint{8 * values.dtype.itemsize}").astype(np.uint32)
+    index = np.arange(words.size, dtype=np.uint32)
+    return np.sum(_mixed(words.reshape(-1) ^ _mixed(index)), dtype=np.uint32)
+
+
 @jax.jit
-def _fingerprints(arrays: dict[str, Array]) -> dict[str, Array]:
+def _device_fingerprints(arrays: dict[str, Array]) -> dict[str, Array]:
     # One program for all leaves: dozens of them in flight at once, each with collectives, exhaust the threads of
     # forced host devices, and then all wait for each other for ever.
     return {name: _fingerprint(array) for name, array in arrays.items()}
@@ -327,9 +355,9 @@ def _words(array: Array) -> Array:
     return jax.lax.bitcast_convert_type(array, f"uint{bits}").astype(jnp.uint32)
 
 
-def _mixed(words: Array) -> Array:
-    words = (words ^ (words >> 16)) * jnp.uint32(0x85EBCA6B)
-    words = (words ^ (words >> 13)) * jnp.uint32(0xC2B2AE35)
+def _mixed(words: Words) -> Words:
+    words = (words ^ (words >> 16)) * np.uint32(0x85EBCA6B)
+    words = (words ^ (words >> 13)) * np.uint32(0xC2B2AE35)
     return words ^ (words >> 16)
 
 

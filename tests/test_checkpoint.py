@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dpo_jax.checkpoint import CheckpointError, _fingerprint, open_checkpoints
+from dpo_jax.checkpoint import CheckpointError, _fingerprint, _host_fingerprint, open_checkpoints
 from dpo_jax.sharding import make_mesh
 
 # Orbax leaves the reads that ran beside a failed one to the garbage collector, which complains of each.
@@ -403,3 +403,11 @@ def test_fingerprint_is_the_same_however_the_array_is_laid_out(mesh):
         return word ^ (word >> 16)
 
     assert expected == sum(mix(int(word) ^ mix(place)) for place, word in enumerate(words)) % 2**32
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "int8", "uint8", "bool", "complex64"])
+def test_fingerprints_of_host_and_device_agree(dtype):
+    # A checkpoint may be written where a leaf is small enough for the host, and read where it is not.
+    values = jax.random.normal(jax.random.key(0), (3, 5)) * 100
+    array = (values > 0) if dtype == "bool" else values.astype(dtype)
+    assert int(_host_fingerprint(np.asarray(array))) == int(_fingerprint(array))

@@ -196,6 +196,7 @@ def encode_rows(
                 bucket=tuple(framing.bucket),
                 sizes=size_conditions(framing) if model.wants_sizes else None,
                 columns={name: row.columns[name] for name in columns},
+                frames=row.frames,
             )
         )
     return of_one_length(examples), text_keys.empty

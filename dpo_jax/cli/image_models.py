@@ -213,5 +213,19 @@ def image_decoder(model: OpenPipeline, mesh: Mesh) -> Callable[[Array], Array]:
 
 
 def denoiser_function(model: OpenPipeline, adapters: PyTree = None) -> Callable[..., Array]:
-    """`predict(variables, latents, timesteps, condition)`, with adapters or without."""
-    return predict_function(model.pipeline, adapters)
+    """`predict(variables, latents, timesteps, condition)`, with adapters or without; videos frame by frame."""
+    return frame_by_frame(predict_function(model.pipeline, adapters))
+
+
+def frame_by_frame(predict: Callable[..., Array]) -> Callable[..., Array]:
+    """The function of a model of images on videos [N, F, H, W, C] too: frames share their video's time and text."""
+
+    def predict_frames(variables: PyTree, latents: Array, timesteps: Array, condition: PyTree) -> Array:
+        if latents.ndim == 4:
+            return predict(variables, latents, timesteps, condition)
+        frames = latents.shape[1]
+        flat = latents.reshape(-1, *latents.shape[2:])
+        times, told = jax.tree.map(lambda leaf: jnp.repeat(leaf, frames, axis=0), (timesteps, condition))
+        return predict(variables, flat, times, told).reshape(latents.shape)
+
+    return predict_frames

@@ -25,6 +25,7 @@ class ImageExample:
       bucket: rows of one bucket may share a batch.
       sizes: float32 [K, 6] for models that are told sizes, or None.
       columns: name -> number or array.
+      frames: F of each image, if they are videos: `images` has the frames of the first, then those of the next.
     """
 
     images: tuple[str, ...]
@@ -32,6 +33,7 @@ class ImageExample:
     bucket: tuple[int, ...] = ()
     sizes: np.ndarray | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    frames: int = 1
 
 
 def steps_per_epoch(examples: Sequence[ImageExample], batch_size: int) -> int:
@@ -90,12 +92,18 @@ def collate(
     sizes = None if rows[0].sizes is None else np.stack([np.asarray(row.sizes, np.float32) for row in rows])
     columns = {name: np.stack([np.asarray(row.columns[name]) for row in rows]) for name in rows[0].columns}
     columns = {name: x.astype(np.float32 if x.dtype.kind == "f" else np.int32) for name, x in columns.items()}
+    spread, frames = stacked(entries, "spread"), rows[0].frames
+    if frames > 1:
+        latents, spread = (
+            None if x is None else x.reshape(len(rows), -1, frames, *x.shape[2:]) for x in (latents, spread)
+        )
+        assert latents is not None
     return DiffusionBatch(
         latents=latents,
         condition=TextCondition(states, stacked(texts, "pooled"), sizes, stacked(texts, "mask")),
         weight=(places >= 0).astype(np.float32),
         columns=columns,
-        spread=stacked(entries, "spread"),
+        spread=spread,
     )
 
 

@@ -54,7 +54,10 @@ def _of_images(row: ImageRow, work: Callable[[Place], T], numbers: Sequence[int]
         try:
             made.append(work(row.images[number]))
         except ImageError as error:
-            name = f"{('chosen', 'rejected')[number]} image" if row.form == "pairs" else f"image {number}"
+            name = f"image {number}"
+            if row.form == "pairs":
+                video, place = divmod(number, row.frames)
+                name = ("chosen", "rejected")[video] + (f" frame {place}" if row.frames > 1 else " image")
             raise RowError(row.file, row.number, f"{name}: {error}") from None
     return tuple(made)
 

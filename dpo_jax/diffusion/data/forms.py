@@ -18,7 +18,7 @@ def to_form(rows: Sequence[ImageRow], form: str, *, seed: int = 0) -> list[Image
 
     pairs        a list's best and worst by `scores` (which become `chosen_score` and `rejected_score`)
     singles      the images of a pair, liked and disliked; those of a list, liked if above the list's mean score
-    mismatched   singles, each beside itself under the caption of another row
+    mismatched   pairs of one image under two captions; or singles, each beside itself under the caption of another row
     experts      the chosen image of a pair, the best of a list, liked singles
     lists        a pair as a list of two
 
@@ -29,6 +29,8 @@ def to_form(rows: Sequence[ImageRow], form: str, *, seed: int = 0) -> list[Image
         return []
     if rows[0].form == form:
         return list(rows)
+    if rows[0].frames > 1:
+        raise FormError(f"the rows are pairs of videos, and {form} are made of images")
     makers = {
         ("lists", "pairs"): _pair_of_list,
         ("pairs", "singles"): _singles_of_pair,
@@ -38,6 +40,8 @@ def to_form(rows: Sequence[ImageRow], form: str, *, seed: int = 0) -> list[Image
         ("singles", "experts"): lambda row: [_only(row, 0)] if row.columns.get("labels", 1) else [],
         ("pairs", "lists"): _list_of_pair,
     }
+    if form == "mismatched" and all(len(set(row.captions)) == 2 and _one_image(row) for row in rows):
+        return [replace(row, columns=_others(row, "tie") | {"labels": 1}, form="mismatched") for row in rows]
     if form == "mismatched":
         return _mismatched(to_form(rows, "singles"), seed)
     maker = makers.get((rows[0].form, form))
@@ -66,6 +70,11 @@ _SIDES = ("chosen_", "rejected_")
 
 def _captions(row: ImageRow, *places: int) -> tuple[str, ...]:
     return tuple(row.captions[place] for place in places) if row.captions else ()
+
+
+def _one_image(row: ImageRow) -> bool:
+    """Whether a pair is one image under two captions."""
+    return row.form == "pairs" and row.images[0] == row.images[1]
 
 
 def _only(row: ImageRow, place: int) -> ImageRow:

@@ -10,6 +10,8 @@ Forms of a row, each a plain mapping with its caption under `caption`, `prompt` 
   image twice.
 - `{"image"}` (or `jpg`): one image; its `label`, true or false, says whether it is liked.
 - `{"images": [...]}`: a list, best first; `scores` has a number per image.
+- `{"entity", "generated"}`: a reference image and what a personalised model made of it.
+- `{"chosen_frames": [...], "rejected_frames": [...]}`: a pair of videos with as many frames.
 
 The images of a pair may have captions of their own, `chosen_caption` and `rejected_caption`, or `caption_0` and
 `caption_1` in the order of the images.
@@ -50,6 +52,7 @@ CAPTION_KEYS = ("caption", "prompt", "text")
 CAPTION_PAIRS = (("chosen_caption", "rejected_caption"), ("caption_0", "caption_1"))
 PAIR_KEYS = (("chosen", "rejected"), ("image_0", "image_1"), ("jpg_0", "jpg_1"))
 SINGLE_KEYS = ("image", "jpg")
+VIDEO_KEYS = ("chosen_frames", "rejected_frames")
 # What Pick-a-Pic says of its rows besides; none of it is a number to learn from.
 BOOKKEEPING = {"has_label", "are_different", "ranking_id", "user_id", "num_example_per_prompt", "__index_level_0__"}
 
@@ -68,6 +71,7 @@ class ImageRow:
       file, number: where the row was read; the number counts lines, rows or samples from 1.
       form: what the images are.
       captions: of each image, where they differ; () where all have the one caption.
+      frames: of each image, which is then a video; `images` has the frames of the first one, then of the next.
     """
 
     caption: str
@@ -77,6 +81,7 @@ class ImageRow:
     number: int = 0
     form: Form = "pairs"
     captions: tuple[str, ...] = ()
+    frames: int = 1
 
 
 class RowsRead(NamedTuple):
@@ -155,6 +160,8 @@ def _require_same_form(row: ImageRow, first: ImageRow) -> None:
     if row.form != first.form:
         reason = f"one of {row.form}, but row {first.number} of {first.file} is one of {first.form}"
         raise RowError(row.file, row.number, f"{reason}; give rows of one form")
+    if row.frames != first.frames:
+        raise RowError(row.file, row.number, f"{row.frames} frames, but row {first.number} has {first.frames}")
     if row.columns.keys() != first.columns.keys():
         reason = f"number columns {sorted(row.columns)}, but row {first.number} of {first.file} has "
         raise RowError(row.file, row.number, f"{reason}{sorted(first.columns)}; give all rows the same columns")
@@ -238,11 +245,13 @@ def parse_row(row: Any, *, file: str = "row", number: int = 1, folder: Path = Pa
         own = _captions(row, form)
         if form == "singles" and own:
             form, places = "pairs", places * 2
-        elif any(place in places[:i] for i, place in enumerate(places)):
+        frames = len(places) // 2 if used == VIDEO_KEYS else 1
+        # Frames of a video may repeat, and one image under two captions stands twice in its pair.
+        if frames == 1 and len(values) > 1 and any(place in places[:i] for i, place in enumerate(places)):
             raise Reason(f"the images {' and '.join(values)} are not all different")
         numbers = {k: numeric_column(k, v) for k, v in row.items() if k not in (caption_key, *used) and is_numeric(v)}
         numbers = {key: value for key, value in numbers.items() if key not in BOOKKEEPING}
-        if form == "pairs" and "chosen" not in next(iter(values)) and len(values) == 2:
+        if form == "pairs" and not next(iter(values)).startswith("chosen") and len(values) == 2:
             if row.get("has_label") is False:
                 raise Reason("has_label is false; expected a pair with a label")
             before = places
@@ -254,7 +263,7 @@ def parse_row(row: Any, *, file: str = "row", number: int = 1, folder: Path = Pa
         raise RowError(file, number, str(reason)) from None
     except RecursionError:
         raise RowError(file, number, "its lists are nested too deeply") from None
-    return ImageRow(row[caption_key], places, columns, file, number, form, own)
+    return ImageRow(row[caption_key], places, columns, file, number, form, own, frames)
 
 
 def _captions(row: Mapping[str, Any], form: Form) -> tuple[str, ...]:
@@ -289,6 +298,10 @@ def _of_one_image(row: Mapping[str, Any]) -> tuple[str, str]:
 
 def _images(row: Mapping[str, Any]) -> tuple[Form, tuple[str, ...], dict[str, Any]]:
     """Form of a row, the keys that were used, and its images by name."""
+    if "chosen_frames" in row or "rejected_frames" in row:
+        return "pairs", VIDEO_KEYS, _frames(row)
+    if "entity" in row and "generated" in row:
+        return "patches", ("entity", "generated"), {name: row[name] for name in ("entity", "generated")}
     for names in PAIR_KEYS:
         given = {name: key for name in names for key in (name, f"{name}_file_name") if key in row}
         if given:
@@ -305,6 +318,15 @@ def _images(row: Mapping[str, Any]) -> tuple[Form, tuple[str, ...], dict[str, An
         forms = "chosen + rejected, image_0 + image_1, jpg_0 + jpg_1, images, or image"
         raise Reason(f"no images among the keys {sorted(row)}; expected {forms}")
     return "singles", (single,), {single: row[single]}
+
+
+def _frames(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The frames of two videos by name."""
+    videos = [row.get(name) for name in VIDEO_KEYS]
+    counts = [len(video) if isinstance(video, (list, tuple)) else 0 for video in videos]
+    if not counts[0] or counts[0] != counts[1]:
+        raise Reason(f"{' and '.join(VIDEO_KEYS)} have {counts[0]} and {counts[1]} frames; expected as many in both")
+    return {f"{name}[{i}]": frame for name, video in zip(VIDEO_KEYS, videos) for i, frame in enumerate(video or ())}
 
 
 def _ordered(places: tuple[Place, ...], numbers: dict[str, Any]) -> tuple[tuple[Place, ...], dict[str, Any]]:

@@ -1,13 +1,11 @@
 """Tiny random pipelines in diffusers' layout, made with the library's own writers and without torch."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from tokenizers import pre_tokenizers
 
 from dpo_jax.diffusion.models import clip, clip_config, mmdit, unet, unet_config, vae
 from dpo_jax.diffusion.models.clip_config import ClipConfig, TextConfig
@@ -18,10 +16,10 @@ from dpo_jax.diffusion.models.vae import AutoencoderConfig
 from dpo_jax.diffusion.models.weights import DIFFUSERS, TRANSFORMERS, save_model
 from dpo_jax.tree import map_named
 from dpo_jax.types import PyTree
+from dpo_jax.worlds.shape_models import END, clip_vocabulary, write_clip_tokenizer, write_json
 
 WORDS = ("a", "the", "red", "green", "blue", "yellow", "circle", "square", "triangle", "small", "large", "and", "of")
 LENGTH = 12  # tokens of a prompt
-START, END = "<|startoftext|>", "<|endoftext|>"
 CLASSES: dict[Kind, str] = {
     "sd": "StableDiffusionPipeline",
     "sdxl": "StableDiffusionXLPipeline",
@@ -71,7 +69,7 @@ def make_tiny_pipeline(
       words: that are one token each; others are spelled.
       scale: of the kernels, over the root of their number of inputs.
     """
-    vocabulary, merges = clip_vocabulary(words)
+    vocabulary, _ = clip_vocabulary(words)
     encoders = _encoders(kind, vocabulary)
     autoencoder = AutoencoderConfig(
         block_out_channels=(4, 8),
@@ -95,14 +93,15 @@ def make_tiny_pipeline(
         suffix = f"_{number + 1}" if number else ""
         parts.append((f"text_encoder{suffix}", clip, clip_config.config_to_dict(config), config, TRANSFORMERS))
         # The second tokenizer fills up with the first word, as the published ones do.
-        _write_tokenizer(folder / f"tokenizer{suffix}", vocabulary, merges, "!" if number else END)
+        pad = "!" if number else END
+        write_clip_tokenizer(folder / f"tokenizer{suffix}", words, length=LENGTH, pad=pad)
     for number, (part, module, keys, config, stem) in enumerate(parts):
         variables = random_variables(module.abstract_variables(config), scale=scale, seed=seed + number)
         if kind == "sd3" and part == name:
             variables["pos_embed"]["pos_embed"] = mmdit.position_table(denoiser)
         save_model(folder / part, variables, module.weight_table(config), keys, stem=stem)
-    _write(folder / "scheduler" / "scheduler_config.json", SCHEDULERS[kind])
-    _write(folder / "model_index.json", _index(kind, [part for part, *_ in parts]))
+    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULERS[kind])
+    write_json(folder / "model_index.json", _index(kind, [part for part, *_ in parts]))
     return folder
 
 
@@ -159,30 +158,6 @@ def _denoiser(kind: Kind, encoders: tuple[ClipConfig, ...]) -> Any:
     )
 
 
-def clip_vocabulary(words: Iterable[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Token -> id, and merges, of a byte-level BPE in CLIP's form in which each word is one token."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges: dict[tuple[str, str], None] = {}
-    for word in words:
-        parts = [*word[:-1], f"{word[-1]}</w>"]
-        while len(parts) > 1:
-            merges[parts[0], parts[1]] = None
-            parts = [parts[0] + parts[1], *parts[2:]]
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges), START, END]
-    return {token: number for number, token in enumerate(dict.fromkeys(tokens))}, list(merges)
-
-
-def _write_tokenizer(folder: Path, vocabulary: dict[str, int], merges: list[tuple[str, str]], pad: str) -> None:
-    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad}
-    _write(folder / "vocab.json", vocabulary)
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
-    _write(folder / "special_tokens_map.json", special)
-    _write(
-        folder / "tokenizer_config.json",
-        {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, "do_lower_case": True, **special},
-    )
-
-
 def _index(kind: Kind, parts: list[str]) -> dict[str, Any]:
     name, _, *encoders = parts
     projected = {"text_encoder": kind == "sd3", "text_encoder_2": True}
@@ -202,8 +177,3 @@ def _index(kind: Kind, parts: list[str]) -> dict[str, Any]:
     if kind == "sdxl":
         return {**index, "force_zeros_for_empty_prompt": True}
     return {**index, "text_encoder_3": nothing, "tokenizer_3": nothing}
-
-
-def _write(file: Path, value: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(value, indent=2) + "\n")

@@ -10,7 +10,7 @@ USAGE = f"""dpo-jax {__version__}: preference optimisation in JAX
 
 usage: dpo-jax COMMAND [options]; `dpo-jax COMMAND --help` shows the options
 
-  demo      the whole way on a synthetic task with an exact judge, in minutes, without a network
+  demo      the whole way on a synthetic task with an exact judge, in minutes, without a network (--diffusion: images)
   train     train a METHOD on a model and preference data; the same command continues a run
   evaluate  reward accuracy, margin, KL, log-probs and lengths on pairs; rewards and win rates of images
   generate  completions of prompts, by sampling or beam search, or images of prompts
@@ -129,6 +129,13 @@ def _export(words: list[str]) -> None:
 
 def _demo(words: list[str]) -> None:
     from dpo_jax.cli.configs import parse
+
+    if "--diffusion" in words:
+        from dpo_jax.cli.demo_shapes import ImageDemoConfig, demo_images
+
+        words = [word for word in words if word != "--diffusion"]
+        demo_images(parse(ImageDemoConfig, words, prog="dpo-jax demo --diffusion"))
+        return
     from dpo_jax.cli.demo import DemoConfig, demo_command
 
     demo_command(parse(DemoConfig, words, prog="dpo-jax demo"))

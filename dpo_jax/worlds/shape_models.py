@@ -5,7 +5,7 @@ tower whose tokenizer has a token for each word of the world.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,7 @@ def init_variables(config: UNetConfig, key: Array) -> PyTree:
     }
 
 
-def joint_function(config: UNetConfig):
+def joint_function(config: UNetConfig) -> Callable[..., Array]:
     """`predict(variables, latents [B, H, W, 3], timesteps [B], ids [B, L])` of UNet and encoder trained together."""
     denoiser, encoder = unet.unet_function(config), clip.clip_function(text_config())
 

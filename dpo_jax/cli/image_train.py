@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dpo_jax.cli.catalogue import Method, initial_loss_state
@@ -19,8 +21,9 @@ from dpo_jax.cli.image_models import empty_condition_of, open_images
 from dpo_jax.cli.job import Job, hyper_parameters, keep_config, run_job, summarise
 from dpo_jax.cli.processes import is_first, join_processes
 from dpo_jax.diffusion.data.batches import batches, epoch_batches
-from dpo_jax.diffusion.objectives import from_loss, needs_reference
+from dpo_jax.diffusion.objectives import from_loss, needs_reference, origin
 from dpo_jax.sharding import data_shards
+from dpo_jax.signatures import read_needs
 from dpo_jax.train import TrainState
 from dpo_jax.tree import combine
 from dpo_jax.types import Array, PyTree
@@ -39,6 +42,7 @@ def train_images(method: Method, config: Any) -> None:
     check_image_options(method, config)
     if config.mesh.distributed:
         join_processes()
+    check_loss_options(method, config)
     out = Path(config.loop.out)
     record = config_record("train", method.slug, config)
     mesh = mesh_of(config.mesh)
@@ -95,6 +99,29 @@ def check_image_options(method: Method, config: Any) -> None:
             "--reference-model needs a second frozen base beside that of the adapters; leave it out: the base is then "
             "the reference"
         )
+
+
+def check_loss_options(method: Method, config: Any) -> None:
+    """Raise UsageError if the loss refuses its hyper-parameters, before data and weights are read.
+
+    The loss is traced on one row; one that reads columns, whose shapes are not known yet, is left for the first step.
+    """
+    needs = read_needs(method.loss)
+    if any(origin(name).maker == "column" for name in needs.arrays):
+        return
+    axes = {"error_map": 2, "frame_error": 1, "pred": 3, "target": 3}
+    arrays = {}
+    for name in needs.arrays:
+        source = origin(name)
+        images = (source.side is None and source.maker in ("policy", "reference")) or name == "valid"
+        arrays[name] = jnp.ones((1,) * (1 + images + axes.get(source.statistic, 0)))
+    hyper = {name: value for name, value in hyper_parameters(config).items() if name in needs.hyper}
+    special = {"loss_state": initial_loss_state(method)} if needs.state else {}
+    special |= {"key": jax.random.key(0)} if needs.key else {}
+    try:
+        jax.eval_shape(partial(method.loss, **hyper), **arrays, **special)
+    except ValueError as error:
+        raise UsageError(f"{method.slug}: {error}") from error
 
 
 def job_of(method: Method, config: Any, adapted: AdaptedPipeline, data: PreparedImages, out: Path) -> Job:

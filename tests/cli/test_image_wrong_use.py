@@ -58,6 +58,8 @@ def test_methods_that_learn_from_their_own_samples(tmp_path, method):
 @pytest.mark.parametrize(
     ("method", "options", "said"),
     [
+        ("diffusion-dpo", "--beta -1", "beta is -1"),
+        ("dmpo", "--beta nan", "beta is nan"),
         ("diffusion-dpo", "--batch-size 0", "--batch-size is 0"),
         ("diffusion-dpo", "--steps 0", "--steps is 0"),
         ("diffusion-dpo", "--microbatches 0", "--microbatches is 0"),

@@ -1,6 +1,5 @@
 """`dpo-jax generate`: completions of prompts by sampling or beam search, to a file or to the terminal."""
 
-import gzip
 import json
 import sys
 import time
@@ -32,6 +31,7 @@ from dpo_jax.language.sampling.search import make_searcher, search
 from dpo_jax.language.sampling.steps import CachedModel, guided
 from dpo_jax.language.sampling.text import best_of, cut_at, held_back, stop_strings, text_of
 from dpo_jax.language.types import Example
+from dpo_jax.rows import json_records
 from dpo_jax.sharding import data_shards
 from dpo_jax.types import PyTree
 
@@ -232,17 +232,12 @@ def _read_prompts(paths: Sequence[str]) -> list[PreferenceRow]:
     """
     rows = []
     for path in paths:
-        with gzip.open(path, "rb") if path.endswith(".gz") else Path(path).open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise RowError(path, number, f"expected one JSON object on this line ({error})") from None
-                if isinstance(row, dict) and "prompt" in row:
-                    row = {name: row[name] for name in ("prompt", "prefix") if name in row} | {"completion": "-"}
-                rows.append(parse_row(row, file=path, number=number))
+        for file, number, row in json_records(Path(path)):
+            if isinstance(row, RowError):
+                raise row
+            if isinstance(row, dict) and "prompt" in row:
+                row = {name: row[name] for name in ("prompt", "prefix") if name in row} | {"completion": "-"}
+            rows.append(parse_row(row, file=file, number=number))
     if paths and not rows:
         raise ValueError(f"{', '.join(paths)}: no prompt is there")
     return rows

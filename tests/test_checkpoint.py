@@ -147,10 +147,6 @@ def files(step_folder):
     return sorted(path for path in step_folder.rglob("*") if path.is_file())
 
 
-def largest(step_folder, part):
-    return max((path for path in files(step_folder) if part in str(path)), key=lambda path: path.stat().st_size)
-
-
 def truncate(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -173,10 +169,17 @@ def empty(step_folder):
     step_folder.mkdir()
 
 
+def each_data_file(step_folder, damage):
+    # Orbax writes its data twice, before and after it joins the processes' parts, and which copy is the larger one is
+    # not always the same.
+    for path in [path for path in files(step_folder) if "/d/" in str(path)]:
+        damage(path)
+
+
 DAMAGES = {
-    "arrays truncated": lambda folder: truncate(largest(folder, "/d/")),
-    "arrays flipped": lambda folder: flip_in_the_middle(largest(folder, "/d/")),
-    "arrays deleted": lambda folder: largest(folder, "/d/").unlink(),
+    "arrays truncated": lambda folder: each_data_file(folder, truncate),
+    "arrays flipped": lambda folder: each_data_file(folder, flip_in_the_middle),
+    "arrays deleted": lambda folder: each_data_file(folder, lambda path: path.unlink()),
     "array folder deleted": lambda folder: shutil.rmtree(folder / "state"),
     "database manifest deleted": lambda folder: (folder / "state" / "manifest.ocdbt").unlink(),
     "tree metadata truncated": lambda folder: truncate(folder / "state" / "_METADATA"),

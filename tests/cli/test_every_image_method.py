@@ -26,6 +26,8 @@ OPTIONS = {
     "self-npo": ("--rollout-steps", 2, "--grid", 5),
     "self-npo-velocity": ("--rollout-steps", 2, "--grid", 5),
     "dspo": ("--beta", 1.0),
+    **{f"diffusion-kto{name}": ("--beta", 10) for name in ("", "-averse", "-seeking", "-signed", "-exponential")},
+    **{f"diffusion-kto-{name}": ("--beta", 10) for name in ("balanced", "mismatched")},
 }
 FORMS = {"mismatched": "captions", "experts": "pairs"}
 

@@ -109,7 +109,7 @@ def test_both_layouts_of_rope_settings_mean_the_same():
 @pytest.mark.parametrize(
     "changes, named",
     [
-        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM"),
+        ({"architectures": ["FalconForCausalLM"]}, "MixtralForCausalLM"),
         ({"architectures": None}, "not given"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "'longrope'"),

@@ -31,7 +31,7 @@ from dpo_jax.diffusion.methods import diffusion_dpo_sft_loss, diffusion_sft_loss
 from dpo_jax.diffusion.models.folder import save_pipeline
 from dpo_jax.diffusion.models.scheduler import noising_from_dict
 from dpo_jax.diffusion.objectives import from_loss
-from dpo_jax.diffusion.types import DiffusionBatch
+from dpo_jax.diffusion.types import DiffusionBatch, TextCondition
 from dpo_jax.optimizers import OptimizerConfig, make_optimizer
 from dpo_jax.report import open_metrics, table
 from dpo_jax.sharding import Rules, data_shards, make_mesh
@@ -176,7 +176,7 @@ def judged(
 ) -> list[shapes.Verdict]:
     """Verdicts on one image of each fresh caption, from the same noise every time; a grid of the first images."""
     captions = shapes.make_captions(config.test_prompts, config.seed + 1_000_003)
-    images = draw(model, sampler, sampling, variables, captions, 1, config.seed)
+    images, _ = draw(model, sampler, sampling, variables, captions, 1, config.seed)
     Image.fromarray(grid_of(images[:64], 8)).save(grid)
     return [shapes.judge(caption, image / 127.5 - 1) for caption, image in zip(captions, images)]
 
@@ -189,11 +189,11 @@ def draw(
     captions: Sequence[str],
     samples: int,
     seed: int,
-) -> np.ndarray:
-    """Images uint8 of captions, those of one being neighbours."""
+) -> tuple[np.ndarray, list[TextCondition]]:
+    """Images uint8 of captions, those of one being neighbours, and each caption's condition."""
     conditions, empty = conditions_of(model, captions, sampling)
     repeated = [condition for condition in conditions for _ in range(samples)]
-    return sampler(variables, repeated, empty, range(len(repeated)), seed)
+    return sampler(variables, repeated, empty, range(len(repeated)), seed), conditions
 
 
 def own_pairs(
@@ -204,8 +204,7 @@ def own_pairs(
     Images that show more shapes than the caption names count for less: stray colour is no merit.
     """
     captions = shapes.make_captions(config.prompts, config.seed + 2_000_003)
-    images = draw(model, sampler, sampling, variables, captions, config.samples, config.seed + 1)
-    conditions, _ = conditions_of(model, captions, sampling)
+    images, conditions = draw(model, sampler, sampling, variables, captions, config.samples, config.seed + 1)
     several = images.reshape(config.prompts, config.samples, *images.shape[1:])
     examples, store = [], {}
     for number, (caption, drawn, condition) in enumerate(zip(captions, several, conditions)):

@@ -164,7 +164,8 @@ def make_train_step(
 
     The loss is sum(weight * loss) / sum(weight) over the whole batch: numerators are summed over the microbatches and
     divided once, so that neither microbatches nor devices nor hosts change it (losses that couple the examples of a
-    batch see one microbatch at a time; objectives that draw random numbers draw others in each).
+    batch see one microbatch at a time; objectives that draw from the key, and not from seeds of the rows, draw other
+    numbers in each).
 
     Args:
       microbatches: parts that are computed one after another to save memory; sums of gradients are float32.

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax.diffusion.draws import normal, split_keys
 from dpo_jax.diffusion.schedule import Schedule, per_example
 from dpo_jax.diffusion.transitions import posterior_variance
 from dpo_jax.diffusion.types import Parameterisation, Predict, Step, Table
@@ -102,6 +103,7 @@ def invert(
         np.where(steps.time[:, None] < 250, averaged(0, 5, 10), averaged(8, 10)).
       until: [B]; an example takes the steps to timesteps below it. All of them if not given.
       std: [S] of noise to add after each step, in the order of the table (`fresh_noise`); needs a key.
+      key: of the batch, or keys [B] of its examples.
       record: keep states and predictions.
 
     Raises:
@@ -113,7 +115,7 @@ def invert(
     if std is not None and key is None:
         raise ValueError("noise is added after each step; give a key, or no std")
     count, state = len(steps.time), latents.astype(jnp.float32)
-    keys = None if std is None or key is None else jax.random.split(key, count)
+    keys = None if std is None or key is None else split_keys(key, count)
     limits = None if until is None else jnp.asarray(until, jnp.float32)
 
     def advance(state: Array, inputs: tuple[Step, Array, Array | None, Array | None]):
@@ -128,7 +130,7 @@ def invert(
         (_, said), _ = jax.lax.scan(refine, (state, jnp.zeros_like(state)), row)
         after = undo_step(state, said, step, parameterisation)
         if deviation is not None and step_key is not None:
-            after = after + per_example(deviation, after) * jax.random.normal(step_key, after.shape, jnp.float32)
+            after = after + per_example(deviation, after) * normal(step_key, after.shape)
         if limits is not None:
             after = jnp.where(per_example(times < limits, after) > 0, after, state)
         return after, (after, said) if record else None

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.diffusion.draws import normal
 from dpo_jax.diffusion.errors import STATISTICS, Inputs, measure, noised_inputs
 from dpo_jax.diffusion.process import Process, draw_times, level_of
 from dpo_jax.diffusion.schedule import offset_noise as with_offset
@@ -100,7 +101,8 @@ def from_loss(
     """Objective `(policy, reference, batch, key, loss_state) -> LossOutput` of a loss of noised images.
 
     What the loss and the inputs name is computed and handed over, nothing else; a column wins over a computation. The
-    images of a row share the timestep, and the noise unless the inputs take `own_noise`.
+    images of a row share the timestep, and the noise unless the inputs take `own_noise`. A row draws from its seed,
+    where the batch has seeds: then neither microbatches nor devices nor hosts change the step.
 
     Args:
       loss: keyword-only function. `policy_chosen_error` and the like are float32 [B], without a side `policy_error`
@@ -110,7 +112,8 @@ def from_loss(
       process: what the models were trained to undo.
       inputs: what the models are asked, `errors.noised_inputs` unless a paper has its own. By name it gets `clean` and
         `noise` (`own_noise`: drawn for each image) [N, ...], `times` [N], `condition`, `process`, the models `policy`
-        and `reference`, a `key`, the number of `images` in a row, and columns [B, ...]; it has hyper-parameters too.
+        and `reference`, keys [N] as `key`, the number of `images` in a row, and columns [B, ...]; it has
+        hyper-parameters too.
       offset_noise: strength of one more Gaussian shift of each image and channel, see `schedule.offset_noise`.
       hyper: hyper-parameters of the loss and of the inputs.
 
@@ -136,10 +139,10 @@ def from_loss(
             raise TypeError(f"{loss.__name__} needs the columns {sorted(wanted)}, and the data has {have}")
         if reference is None and needs_reference(loss, inputs, columns):
             raise TypeError(f"{loss.__name__} needs a reference: give the state one")
-        keys = dict(zip(("draw", "inputs", "loss"), jax.random.split(key, 3)))
-        given = _given(batch, process, keys["draw"], offset_noise) | {"policy": policy, "reference": reference}
+        given, fresh = _given(batch, process, key, offset_noise)
+        given |= {"policy": policy, "reference": reference}
         given |= {name: columns[name] for name in asks.arrays if name not in _GIVEN}
-        special = {"key": keys["inputs"]} if asks.key else {}
+        special = {"key": fresh} if asks.key else {}
         made = inputs(**{name: given[name] for name in asks.arrays}, **special, **of_inputs)
         rows = batch.weight.shape[0]
         values = _computed(set(origins.values()), policy, reference, made, process, rows)
@@ -148,41 +151,47 @@ def from_loss(
             name: columns[name] if name in columns else side_of(values, origins[name], form) for name in needs.arrays
         }
         special = {"loss_state": loss_state} if needs.state else {}
-        special |= {"key": keys["loss"]} if needs.key else {}
+        special |= {"key": jax.random.fold_in(key, 1)} if needs.key else {}
         return loss(**arrays, **special, **of_loss)
 
     return objective
 
 
-def _given(batch: DiffusionBatch, process: Process, key: Array, offset: float) -> dict[str, Any]:
-    """What the inputs are made of, [N, ...]; the same timestep, and the same `noise`, for the images of a row."""
-    rows, images = batch.latents.shape[:2]
-    shape = batch.latents.shape
-    times_key, spread_key, *noise_keys = jax.random.split(key, 4)
+def _given(batch: DiffusionBatch, process: Process, key: Array, offset: float) -> tuple[dict[str, Any], Array]:
+    """What the inputs are made of, [N, ...], and keys [N] of their own draws; the images of a row share the timestep
+    and `noise`."""
+    rows, images, *shape = batch.latents.shape
 
     def merged(array: Array) -> Array:
         array = jnp.broadcast_to(array, (rows, images, *array.shape[2:]))
         return array.reshape(rows * images, *array.shape[2:])
 
+    def split(keys: Array, count: int) -> Array:
+        return jax.vmap(lambda one: jax.random.split(one, count))(keys)
+
+    def gaussian(keys: Array, images: int) -> Array:
+        """[B, images, ...]"""
+        plain, shifted = split(split(keys, images).reshape(-1), 2).T
+        flat = normal(plain, (rows * images, *shape))
+        flat = with_offset(shifted, flat, strength=offset) if offset else flat
+        return flat.reshape(rows, images, *shape)
+
+    of_rows = jax.random.split(key, rows) if batch.seeds is None else jax.vmap(jax.random.key)(batch.seeds)
+    time_keys, spread_keys, shared_keys, own_keys, fresh_keys = split(of_rows, 5).T
     clean = jnp.asarray(batch.latents, jnp.float32)
     if batch.spread is not None:
-        clean = clean + batch.spread * jax.random.normal(spread_key, shape)
-
-    def gaussian(key: Array, images: int) -> Array:
-        key, offset_key = jax.random.split(key)
-        flat = jax.random.normal(key, (rows * images, *shape[2:]))
-        flat = with_offset(offset_key, flat, strength=offset) if offset else flat
-        return merged(flat.reshape(rows, images, *shape[2:]))
-
-    return {
-        "noise": gaussian(noise_keys[0], 1),
-        "own_noise": gaussian(noise_keys[1], images),
+        clean = clean + batch.spread * normal(spread_keys, clean.shape)
+    times = jax.vmap(lambda one: draw_times(process, one, (1,)))(time_keys)
+    given = {
+        "noise": merged(gaussian(shared_keys, 1)),
+        "own_noise": merged(gaussian(own_keys, images)),
         "clean": merged(clean),
-        "times": merged(draw_times(process, times_key, (rows, 1))),
+        "times": merged(times),
         "condition": jax.tree.map(merged, batch.condition),
         "process": process,
         "images": images,
     }
+    return given, split(fresh_keys, images).reshape(-1)
 
 
 def _computed(

@@ -14,19 +14,18 @@ Latents are at the schedule's own scale throughout, alpha * clean + sigma * nois
 Rollouts keep float32 latents whatever the model computes in.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax.diffusion.draws import split_keys
 from dpo_jax.diffusion.schedule import Schedule, denoised, level_tables, per_example
 from dpo_jax.diffusion.transitions import (
     draw,
     flow_sde_steps,
     log_prob,
-    of_examples,
     signal_variances,
     step_table,
     take_steps,
@@ -174,8 +173,7 @@ def sample(
         raise ValueError(f"record {record} is no window of {count} steps; give 0 <= first < last <= {count}")
     keys = None
     if steps.std is not None and key is not None:
-        split = partial(jax.random.split, num=count)
-        keys = jax.vmap(split, out_axes=1)(key) if of_examples(key) else split(key)
+        keys = split_keys(key, count)
 
     def advance(carry: tuple[Array, Array | None], inputs: tuple[Step, Array | None], *, keep: bool):
         state, previous = carry

@@ -16,10 +16,10 @@ Tables are float64 on the host, float32 on the device. A rule for arrays: [B] va
 from dataclasses import dataclass
 from typing import TypeVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax.diffusion.draws import normal
 from dpo_jax.diffusion.types import Denoised, Level, Parameterisation, Table
 from dpo_jax.ops import require_positive
 from dpo_jax.types import Array
@@ -171,9 +171,13 @@ def add_noise(clean: Array, noise: Array, level: Level) -> Array:
 
 
 def offset_noise(key: Array, noise: Array, *, strength: float = 0.05) -> Array:
-    """Noise [B, ..., C] plus one Gaussian shift per example and channel, float32; it is also the new target."""
+    """Noise [B, ..., C] plus one Gaussian shift per example and channel, float32; it is also the new target.
+
+    Args:
+      key: of the batch, or keys [B] of its examples.
+    """
     shape = (noise.shape[0], *(1,) * (noise.ndim - 2), noise.shape[-1])
-    return noise.astype(jnp.float32) + strength * jax.random.normal(key, shape, jnp.float32)
+    return noise.astype(jnp.float32) + strength * normal(key, shape)
 
 
 def snr(level: Level) -> Array:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax.diffusion.draws import normal
 from dpo_jax.diffusion.schedule import Schedule, level_tables, per_example
 from dpo_jax.diffusion.types import Denoised, Level, Step, Table, Transition
 from dpo_jax.ops import require_between
@@ -145,16 +146,7 @@ def draw(given: Transition, key: Array) -> Array:
     Args:
       key: of the batch, or keys [B] of its examples.
     """
-    if of_examples(key):
-        noise = jax.vmap(lambda k: jax.random.normal(k, given.mean.shape[1:], jnp.float32))(key)
-    else:
-        noise = jax.random.normal(key, given.mean.shape, jnp.float32)
-    return given.mean + per_example(given.std, given.mean) * noise
-
-
-def of_examples(key: Array) -> bool:
-    """Whether there is a key for each example of a batch."""
-    return jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 1
+    return given.mean + per_example(given.std, given.mean) * normal(key, given.mean.shape)
 
 
 def log_prob(given: Transition, value: Array) -> Array:

@@ -130,6 +130,8 @@ class DiffusionBatch:
       columns: name -> [B, ...].
       spread: standard deviation of the autoencoder's posterior, like `latents`, which are then its mean and are drawn
         anew each time; None for latents without one.
+      seeds: uint32 [B]; timesteps and noise of a row are drawn from its own seed, and so do not depend on the rows or
+        the microbatch that it is computed with. None: they are drawn from the objective's key.
     """
 
     latents: Array | np.ndarray
@@ -137,10 +139,11 @@ class DiffusionBatch:
     weight: Array | np.ndarray
     columns: Mapping[str, Array | np.ndarray]
     spread: Array | np.ndarray | None = None
+    seeds: Array | np.ndarray | None = None
 
 
 jax.tree_util.register_dataclass(
-    DiffusionBatch, data_fields=["latents", "condition", "weight", "columns", "spread"], meta_fields=[]
+    DiffusionBatch, data_fields=["latents", "condition", "weight", "columns", "spread", "seeds"], meta_fields=[]
 )
 
 

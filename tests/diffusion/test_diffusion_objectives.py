@@ -31,7 +31,7 @@ POLICY, REFERENCE = (partial(tiny_model.predict, tiny_model.variables(seed)) for
 MODELS = {"policy": POLICY, "reference": REFERENCE}
 
 
-def batch_of(rows=6, images=2, *, seed=0, shape=SHAPE, spread=None, **columns):
+def batch_of(rows=6, images=2, *, seed=0, shape=SHAPE, spread=None, seeds=None, **columns):
     rng = np.random.default_rng(seed)
     return DiffusionBatch(
         latents=rng.normal(size=(rows, images, *shape)).astype(np.float32),
@@ -39,6 +39,7 @@ def batch_of(rows=6, images=2, *, seed=0, shape=SHAPE, spread=None, **columns):
         weight=np.ones(rows, np.float32),
         columns={name: np.asarray(x) for name, x in columns.items()},
         spread=spread,
+        seeds=None if seeds is None else np.asarray(seeds, np.uint32),
     )
 
 
@@ -158,6 +159,33 @@ def test_other_keys_give_other_draws_and_the_same_key_the_same():
     for name in ("noise", "times"):
         np.testing.assert_array_equal(first[name], again[name])
         assert not np.array_equal(first[name], other[name])
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_row_with_a_seed_draws_the_same_in_any_batch_under_any_key(own):
+    spread = np.ones((6, 2, *SHAPE), np.float32)
+    batch = batch_of(spread=spread, seeds=[7, 3, 2**32 - 1, 0, 3, 12])
+    whole = seen(batch, own=own, offset_noise=0.5)
+    order = np.array([4, 2, 0])
+    part = seen(jax.tree.map(lambda leaf: leaf[order], batch), own=own, key=jax.random.key(8), offset_noise=0.5)
+    for name in ("clean", "noise", "times"):
+        np.testing.assert_array_equal(part[name], whole[name][order])
+    np.testing.assert_array_equal(whole["noise"][1], whole["noise"][4])
+    assert len({float(row.ravel()[0]) for row in whole["noise"]}) == 5
+
+
+def test_what_inputs_draw_of_their_own_follows_the_seed_and_differs_between_images():
+    def inputs(*, clean, noise, times, condition, process, key):
+        return Inputs(clean, times, jax.vmap(lambda one: jax.random.normal(one, SHAPE))(key), condition)
+
+    def loss(*, policy_error, target):
+        return output(drawn=target)
+
+    batch = batch_of(seeds=np.arange(6))
+    whole = run(loss, POLICY, None, batch, inputs=inputs).metrics["drawn"]
+    part = run(loss, POLICY, None, jax.tree.map(lambda leaf: leaf[3:], batch), inputs=inputs, key=jax.random.key(1))
+    np.testing.assert_array_equal(part.metrics["drawn"], whole[3:])
+    assert np.unique(np.asarray(whole).reshape(12, -1)[:, 0]).size == 12
 
 
 def test_noise_of_a_row_and_of_each_image_are_independent():
@@ -384,7 +412,16 @@ def test_an_empty_place_changes_nothing_whatever_it_holds():
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), trained(mesh, other), trained(mesh, batch))
 
 
-def test_microbatches_are_the_mean_of_their_objectives():
+def test_microbatches_of_rows_with_seeds_are_the_whole_batch():
+    batch = batch_of(rows=8, seeds=np.arange(8))
+    batch.weight[2] = 0.0
+    mesh = make_mesh(devices=jax.devices()[:1])
+    whole, parts = (trained(mesh, batch, microbatches=count) for count in (1, 4))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6), parts, whole)
+    assert np.abs(whole[0]["kernel"] - tiny_model.variables(0)["kernel"]).max() > 1e-3  # far above the tolerance
+
+
+def test_microbatches_without_seeds_are_the_mean_of_their_objectives():
     """Each draws with a key of its own."""
     batch = batch_of(rows=8)
     mesh = make_mesh(devices=jax.devices()[:1])

@@ -71,12 +71,14 @@ def collate(
     *,
     filler: int,
     captions: Sequence[tuple[str, ...]] | None = None,
+    seeds: np.ndarray | None = None,
 ) -> DiffusionBatch:
     """A batch of the examples at some places; -1 is an empty place.
 
     Args:
       filler: place of the example whose images stand, with weight 0, at empty places.
       captions: of each place instead of the examples' own, where captions are dropped.
+      seeds: uint32 [B] of the rows' draws.
     """
     rows = [examples[place if place >= 0 else filler] for place in places]
     entries = [[store[key] for key in row.images] for row in rows]
@@ -104,6 +106,7 @@ def collate(
         weight=(places >= 0).astype(np.float32),
         columns=columns,
         spread=spread,
+        seeds=seeds,
     )
 
 
@@ -140,17 +143,20 @@ def batches(
             if empty is not None and caption_dropout:
                 dropped = np.random.default_rng([seed, step, 1]).random(batch_size) < caption_dropout
                 captions = [(empty,) * len(keys) if gone else keys for keys, gone in zip(captions, dropped)]
-            yield collate(examples, places[share], store, filler=int(places.max()), captions=captions[share])
+            seeds = np.random.default_rng([seed, step, 2]).integers(2**32, size=batch_size, dtype=np.uint32)
+            filler = int(places.max())
+            yield collate(examples, places[share], store, filler=filler, captions=captions[share], seeds=seeds[share])
             step += 1
 
 
 def epoch_batches(
     examples: Sequence[ImageExample], store: Store, *, batch_size: int, host: int = 0, hosts: int = 1
 ) -> Iterator[DiffusionBatch]:
-    """This process's rows of batches that hold every example once, in order."""
+    """This process's rows of batches that hold every example once, in order; its place is an example's seed."""
     share = _share(batch_size, host, hosts)
     for places in deal(examples, batch_size=batch_size, seed=None):
-        yield collate(examples, places[share], store, filler=int(places.max()))
+        seeds = places[share].astype(np.uint32)
+        yield collate(examples, places[share], store, filler=int(places.max()), seeds=seeds)
 
 
 def _share(batch_size: int, host: int, hosts: int) -> slice:

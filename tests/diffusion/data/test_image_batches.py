@@ -134,6 +134,15 @@ def test_an_epoch_of_a_stream_and_of_an_evaluation():
         np.testing.assert_array_equal(whole.latents, np.concatenate([a.latents, b.latents]))
 
 
+def test_seeds_of_rows_differ_with_place_step_and_run_and_are_fixed_in_an_evaluation():
+    seeds = np.stack([batch.seeds for batch in islice(stream(), 8)])
+    assert seeds.dtype == np.uint32 and np.unique(seeds).size == 32
+    other = np.stack([batch.seeds for batch in islice(stream(seed=4), 8)])
+    assert not np.intersect1d(seeds, other).size
+    held = np.stack([batch.seeds for batch in epoch_batches(EXAMPLES, STORE, batch_size=4)])
+    assert held.dtype == np.uint32 and held.ravel()[:11].tolist() == [0, 1, 3, 4, 6, 7, 9, 10, 2, 5, 8]
+
+
 def test_a_host_may_have_nothing_but_empty_places():
     (batch,) = epoch_batches(EXAMPLES[:1], STORE, batch_size=4, host=1, hosts=2)
     assert batch.weight.tolist() == [0, 0] and np.isfinite(batch.latents.astype(np.float32)).all()

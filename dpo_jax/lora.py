@@ -68,8 +68,12 @@ class LoraConfig:
     def scale_of(self, name: str) -> float:
         """Scale of the adapter of a kernel, by its path name."""
         alpha = next((value for pattern, value in self.alpha_pattern if re.fullmatch(pattern, name)), self.alpha)
-        rank = self.rank_of(name)
-        return alpha / (math.sqrt(rank) if self.rslora else rank)
+        return alpha / scale_divisor(self.rank_of(name), self.rslora)
+
+
+def scale_divisor(rank: int, rslora: bool) -> float:
+    """What alpha is divided by: the rank, or for rsLoRA its square root."""
+    return math.sqrt(rank) if rslora else rank
 
 
 def is_trainable(name: str) -> bool:

@@ -7,7 +7,6 @@ are written with the scale inside B, and everyone computes the same.
 """
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -17,22 +16,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from dpo_jax.diffusion.models.table import LINEAR, Place, Table, tensor_names, tensor_shape
-from dpo_jax.keys import WeightsError
-from dpo_jax.lora import MAGNITUDE, SCALE, A, B, adapter_sites
+from dpo_jax.keys import WeightsError, read_object
+from dpo_jax.lora import MAGNITUDE, SCALE, A, B, adapter_sites, scale_divisor
+from dpo_jax.peft import ALPHA, CONFIG_FILE, ENDS, PREFIX, WEIGHTS_FILE, check_options, read_tensors
 from dpo_jax.tree import named_leaves
 from dpo_jax.types import PyTree
-from dpo_jax.weights import DTYPES, on_host
+from dpo_jax.weights import on_host
 
 FILE = "pytorch_lora_weights.safetensors"
-_PEFT_CONFIG, _PEFT_FILE, _PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model"
 _METADATA = "lora_adapter_metadata"  # key of the file's metadata under which diffusers keeps PEFT's config
 _KOHYA = "lora_"  # `lora_unet_down_blocks_0_...`
 _SHOWN = 8  # names that an error lists
-_ENDS = {".lora_A.weight": A, ".lora_B.weight": B, ".lora_magnitude_vector": MAGNITUDE, ".alpha": SCALE}
+_KINDS = {**{end: kind for kind, end in ENDS.items()}, ".alpha": SCALE}  # how names end
 # Older spellings of a tensor's name, as `re.sub` takes them.
 _SPELLINGS = (
     (r"\.processor\.", "."),
@@ -43,15 +41,6 @@ _SPELLINGS = (
     (r"\.lora(_linear_layer)?\.up\.|\.lora_up\.", ".lora_B."),
     (r"\.lora_magnitude_vector\.weight$", ".lora_magnitude_vector"),
 )
-# Starts that leave the base as it is; the others subtract something from it.
-_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
-# Keys of PEFT's config that are read here, or that say nothing about what a trained adapter computes.
-_UNDERSTOOD = {
-    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out"),
-    *("use_rslora", "use_dora", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern"),
-    *("alpha_pattern", "megatron_core", "qalora_group_size", "eva_config", "ensure_weight_tying"),
-}
 
 
 class _Module(NamedTuple):
@@ -94,26 +83,27 @@ def load_adapter(file: str | Path, table: Table, variables: PyTree, *, prefix: s
     """
     path, options = _found(Path(file))
     modules = _modules(table, variables)
-    tensors, metadata = _read_tensors(path)
-    if options is None and metadata is not None:
+    tensors, metadata = read_tensors(path)
+    described = _described(metadata, path)
+    if options is None and described is not None:
         starts = f"{prefix}."
-        inner = {key.removeprefix(starts): value for key, value in metadata.items() if key.startswith(starts)}
-        options = _checked(inner or metadata, f"metadata of {path}")
+        inner = {key.removeprefix(starts): value for key, value in described.items() if key.startswith(starts)}
+        options = _checked(inner or described, f"metadata of {path}")
     flat = {f"lora_{prefix}_{name.replace('.', '_')}": name for name in modules}
     found: dict[str, dict[str, np.ndarray]] = {}
     unknown = []
     for name, tensor in tensors.items():
         spelled = _spelled(name)
-        end = next((end for end in _ENDS if spelled.endswith(end)), None)
+        end = next((end for end in _KINDS if spelled.endswith(end)), None)
         module = spelled.removesuffix(end or "")
         if module.startswith(_KOHYA):
             module = flat.get(module, module)
         else:
-            module = module.removeprefix(f"{_PEFT_PREFIX}.").removeprefix(f"{prefix}.")
+            module = module.removeprefix(PREFIX).removeprefix(f"{prefix}.")
         if end is None or module not in modules:
             unknown.append(name)
         else:
-            found.setdefault(module, {})[_ENDS[end]] = tensor
+            found.setdefault(module, {})[_KINDS[end]] = tensor
     if unknown or not found:
         names = ", ".join(sorted(unknown)[:_SHOWN]) or "none"
         raise WeightsError(f"{path}: tensors that are no adapters of this model's linear layers: {names}")
@@ -133,55 +123,26 @@ def _found(file: Path) -> tuple[Path, dict[str, Any] | None]:
         return file, None
     if (file / FILE).exists():
         return file / FILE, None
-    place = file / _PEFT_CONFIG
-    if not place.exists() or not (file / _PEFT_FILE).exists():
-        raise WeightsError(f"{file}: no {FILE}, and no {_PEFT_CONFIG} with {_PEFT_FILE}")
-    try:
-        options = json.loads(place.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{place}: {error}") from error
-    return file / _PEFT_FILE, _checked(options, str(place))
+    place = file / CONFIG_FILE
+    if not place.exists() or not (file / WEIGHTS_FILE).exists():
+        raise WeightsError(f"{file}: no {FILE}, and no {CONFIG_FILE} with {WEIGHTS_FILE}")
+    return file / WEIGHTS_FILE, _checked(read_object(place), str(place))
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
-    """All tensors, float32, and the config in the file's metadata."""
+def _described(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | None:
+    """The config in a file's metadata, if there is one."""
+    if _METADATA not in metadata:
+        return None
     try:
-        with safe_open(path, framework="numpy") as file:
-            types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-            odd = [f"{name} ({kind})" for name, kind in types.items() if kind not in DTYPES]
-            tensors = {} if odd else {name: file.get_tensor(name).astype(np.float32) for name in types}
-            raw = (file.metadata() or {}).get(_METADATA)
-    except Exception as error:  # safetensors raises a type of its own
-        raise WeightsError(f"{path}: not a safetensors file ({error})") from error
-    if odd:
-        raise WeightsError(f"{path}: tensors of unknown type: {', '.join(odd[:_SHOWN])}; expected {', '.join(DTYPES)}")
-    if raw is None:
-        return tensors, None
-    try:
-        return tensors, dict(json.loads(raw))
+        return dict(json.loads(metadata[_METADATA]))
     except (ValueError, TypeError, RecursionError) as error:
         raise WeightsError(f"{path}: {_METADATA} is no JSON object ({error})") from error
 
 
-def _checked(options: Any, place: str) -> dict[str, Any]:
-    """PEFT's config, if everything in it is supported."""
-    if not isinstance(options, dict) or options.get("peft_type", "LORA") != "LORA":
-        raise WeightsError(f"{place}: expected an object whose peft_type is 'LORA'")
-    active = {k: v for k, v in options.items() if v not in (None, False, "", "none") and v not in ({}, [])}
-    refused = {key: value for key, value in active.items() if key not in _UNDERSTOOD}
-    if options.get("init_lora_weights") not in _STARTS:
-        refused["init_lora_weights"] = options["init_lora_weights"]
-    if refused:
-        listed = ", ".join(f"{key} {value!r}" for key, value in refused.items())
-        raise WeightsError(f"{place}: not supported: {listed}; merge this adapter into its base with peft")
-    numbers = {"lora_alpha": options.get("lora_alpha")}
-    patterns = options.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise WeightsError(f"{place}: alpha_pattern is {patterns!r}; expected an object")
-    numbers |= {f"alpha_pattern of {pattern!r}": value for pattern, value in patterns.items()}
-    for key, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
-            raise WeightsError(f"{place}: {key} is {value!r}; expected a number above 0")
+def _checked(options: dict[str, Any], place: str) -> dict[str, Any]:
+    """PEFT's config, if everything in it is supported; one that names no kind is LoRA's."""
+    # Ranks need no check: they are read off the tensors.
+    check_options({"peft_type": "LORA", **options}, place, (ALPHA,))
     return options
 
 
@@ -205,10 +166,8 @@ def _site(
     if SCALE in flat:
         alpha = float(flat[SCALE][0])
     elif options is not None:
-        patterns = options.get("alpha_pattern") or {}
-        matches = (v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", name))
-        alpha = next(matches, options["lora_alpha"])
-        divisor = math.sqrt(rank) if options.get("use_rslora") else rank
+        alpha = ALPHA.of(options, name)
+        divisor = scale_divisor(rank, bool(options.get("use_rslora")))
     site = {A: flat[A].T, B: flat[B].T, SCALE: np.float32(alpha / divisor)}
     return site | ({MAGNITUDE: flat[MAGNITUDE]} if MAGNITUDE in flat else {})
 
@@ -275,12 +234,11 @@ def save_adapter(
         site = leaves if module.layer is None else {kind: leaf[module.layer] for kind, leaf in leaves.items()}
         ones = (1,) * (len(module.shape) - 2)
         b = site[B].astype(np.float32) * site[SCALE].astype(np.float32)
-        named = {".lora_A.weight": site[A].T, ".lora_B.weight": b.T}
-        for end, tensor in named.items():
-            tensors[f"{prefix}.{name}{end}"] = tensor.astype(np.float32).reshape(tensor.shape + ones).copy()
+        for kind, tensor in {A: site[A].T, B: b.T}.items():
+            tensors[f"{prefix}.{name}{ENDS[kind]}"] = tensor.astype(np.float32).reshape(tensor.shape + ones).copy()
         if MAGNITUDE in site:
             magnitude = site[MAGNITUDE].astype(np.float32)
-            tensors[f"{prefix}.{name}.lora_magnitude_vector"] = magnitude.reshape((1, -1, *ones) if ones else (-1,))
+            tensors[f"{prefix}.{name}{ENDS[MAGNITUDE]}"] = magnitude.reshape((1, -1, *ones) if ones else (-1,))
         ranks[name] = site[A].shape[-1]
         dora.append(MAGNITUDE in site)
     if not ranks or len(set(dora)) != 1:

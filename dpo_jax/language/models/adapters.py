@@ -1,13 +1,10 @@
-"""Adapters in PEFT's folders, both ways: adapter_config.json beside adapter_model.safetensors.
+"""Adapters of decoders in PEFT's folders (`dpo_jax.peft`), both ways.
 
-The format is that of https://github.com/huggingface/peft. Its A is [r, in] and its B [out, r], one of each for every
-layer; here A is [layers, in, r] and B [layers, r, out] (`dpo_jax.lora`). Scales are not stored there: they follow from
-alpha and rank, which patterns may set module by module. A module that holds several of our kernels has one adapter
-there (`modules`).
+PEFT's A is [r, in] and its B [out, r], one of each for every layer; here A is [layers, in, r] and B [layers, r, out]
+(`dpo_jax.lora`). A module that holds several of our kernels has one adapter there (`modules`).
 """
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -18,32 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from dpo_jax.keys import WeightsError, read_object
 from dpo_jax.language.models.decoder import DecoderConfig, abstract_variables
-from dpo_jax.language.models.folder import WeightsError
 from dpo_jax.language.models.modules import Module, join_sites, linear_modules, split_site
-from dpo_jax.language.models.weights import DTYPES, weight_table
-from dpo_jax.lora import MAGNITUDE, SCALE, A, B, adapter_sites, with_adapters
+from dpo_jax.language.models.weights import weight_table
+from dpo_jax.lora import MAGNITUDE, SCALE, A, B, adapter_sites, scale_divisor, with_adapters
+from dpo_jax.peft import ALPHA, CONFIG_FILE, ENDS, PREFIX, RANK, WEIGHTS_FILE, check_options, read_tensors
 from dpo_jax.tree import named_leaves
 from dpo_jax.types import PyTree
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_ENDS = {A: ".lora_A.weight", B: ".lora_B.weight", MAGNITUDE: ".lora_magnitude_vector"}
 _SCORE = "score/weight"
 _SHOWN = 8  # names that an error lists
-# Starts that leave the base as it is; the others subtract something from it.
-_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
-# Keys that are read below, or that say nothing about what a trained adapter computes.
-_UNDERSTOOD = {
-    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out"),
-    *("bias", "use_rslora", "use_dora", "modules_to_save", "init_lora_weights", "layers_to_transform"),
-    *("layers_pattern", "rank_pattern", "alpha_pattern", "megatron_core", "qalora_group_size", "eva_config"),
-    "ensure_weight_tying",
-}
 
 
 class LoadedAdapter(NamedTuple):
@@ -107,11 +91,11 @@ def load_adapter(folder: str | Path, config: DecoderConfig) -> LoadedAdapter:
     found: dict[str, dict[int, dict[str, np.ndarray]]] = {}
     learned, unknown = {}, []
     for name, tensor in tensors.items():
-        kind = next((kind for kind, end in _ENDS.items() if name.endswith(end)), None)
-        module = name.removeprefix(_PREFIX).removesuffix(_ENDS.get(kind or "", ""))
-        if config.reward and name.removeprefix(_PREFIX) == weight_table(config)[_SCORE].name:
+        kind = next((kind for kind, end in ENDS.items() if name.endswith(end)), None)
+        module = name.removeprefix(PREFIX).removesuffix(ENDS.get(kind or "", ""))
+        if config.reward and name.removeprefix(PREFIX) == weight_table(config)[_SCORE].name:
             learned = {"score": {"weight": jnp.asarray(tensor)}}
-        elif kind is None or module not in modules or not name.startswith(_PREFIX):
+        elif kind is None or module not in modules or not name.startswith(PREFIX):
             unknown.append(name)
         else:
             owner, layer = modules[module]
@@ -136,64 +120,18 @@ def load_adapter(folder: str | Path, config: DecoderConfig) -> LoadedAdapter:
 
 def _read_options(folder: Path, config: DecoderConfig) -> dict[str, Any]:
     """adapter_config.json, if everything in it is supported."""
-    place = folder / CONFIG_FILE
-    try:
-        options = json.loads(place.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{place}: {error}") from error
-    if not isinstance(options, dict) or options.get("peft_type") != "LORA":
-        raise WeightsError(f"{place}: expected an object whose peft_type is 'LORA'")
-    active = {key: value for key, value in options.items() if value not in (None, False, "", "none") and value != {}}
-    refused = {key: value for key, value in active.items() if key not in _UNDERSTOOD and value != []}
-    if options.get("init_lora_weights") not in _STARTS:
-        refused["init_lora_weights"] = options["init_lora_weights"]
-    if "bias" in active:
-        refused["bias"] = active["bias"]
-    heads = ["score", "classifier"] if config.reward else []  # PEFT names both, and the model has one
-    if [name for name in active.get("modules_to_save") or [] if name not in heads]:
-        refused["modules_to_save"] = active["modules_to_save"]
-    if refused:
-        listed = ", ".join(f"{key} {value!r}" for key, value in refused.items())
-        raise WeightsError(f"{place}: not supported: {listed}; merge this adapter into its base with peft")
-    numbers = {"r": options.get("r"), "lora_alpha": options.get("lora_alpha")}
-    for key in ("rank_pattern", "alpha_pattern"):
-        patterns = options.get(key) or {}
-        if not isinstance(patterns, dict):
-            raise WeightsError(f"{place}: {key} is {patterns!r}; expected an object")
-        numbers |= {f"{key} of {pattern!r}": value for pattern, value in patterns.items()}
-    for key, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
-            raise WeightsError(f"{place}: {key} is {value!r}; expected a number above 0")
+    options = read_object(folder / CONFIG_FILE)
+    heads = ("score", "classifier") if config.reward else ()  # PEFT names both, and the model has one
+    check_options(options, str(folder / CONFIG_FILE), (RANK, ALPHA), learned=heads)
     return options
 
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """All tensors of the folder, float32."""
     path = folder / WEIGHTS_FILE
     if not path.exists():
         hint = "; convert adapter_model.bin, which would run code when read" if any(folder.glob("*.bin")) else ""
         raise WeightsError(f"{folder}: no {WEIGHTS_FILE}{hint}")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            names = list(file.keys())
-            types = {name: file.get_slice(name).get_dtype() for name in names}
-            odd = [f"{name} ({kind})" for name, kind in types.items() if kind not in DTYPES]
-            tensors = {} if odd else {name: file.get_tensor(name).astype(np.float32) for name in names}
-    except Exception as error:  # safetensors raises a type of its own
-        raise WeightsError(f"{path}: not a safetensors file ({error})") from error
-    if odd:
-        raise WeightsError(f"{path}: tensors of unknown type: {', '.join(odd[:_SHOWN])}; expected {', '.join(DTYPES)}")
-    return tensors
-
-
-def _value(options: Mapping[str, Any], key: str, pattern: str, module: str) -> Any:
-    """The first pattern that matches the module's name, or else the value for all."""
-    patterns = options.get(pattern) or {}
-    return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), options[key])
-
-
-def _divisor(rank: int, rslora: bool) -> float:
-    return math.sqrt(rank) if rslora else rank
+    return read_tensors(path).tensors
 
 
 def _stacked(
@@ -207,8 +145,8 @@ def _stacked(
     size_in, size_out = module.shape
     modules = {layer: module.name.format(layer=layer) for layer in range(count)}
     dora, rslora = bool(options.get("use_dora")), bool(options.get("use_rslora"))
-    ranks = {layer: int(_value(options, "r", "rank_pattern", name)) for layer, name in modules.items()}
-    alphas = {layer: _value(options, "lora_alpha", "alpha_pattern", name) for layer, name in modules.items()}
+    ranks = {layer: int(RANK.of(options, name)) for layer, name in modules.items()}
+    alphas = {layer: ALPHA.of(options, name) for layer, name in modules.items()}
     wrong = []
     for layer, tensors in layers.items():
         expected = {A: (ranks[layer], size_in), B: (size_out, ranks[layer])}
@@ -224,7 +162,7 @@ def _stacked(
     a, b = np.zeros((count, size_in, rank), np.float32), np.zeros((count, rank, size_out), np.float32)
     for layer, tensors in layers.items():
         a[layer, :, : ranks[layer]], b[layer, : ranks[layer]] = tensors[A].T, tensors[B].T
-    scale = np.array([alphas[layer] / _divisor(ranks[layer], rslora) for layer in modules], np.float32)
+    scale = np.array([alphas[layer] / scale_divisor(ranks[layer], rslora) for layer in modules], np.float32)
     site = {A: a, B: b, SCALE: scale}
     if dora:
         site[MAGNITUDE] = np.stack([layers[layer][MAGNITUDE] for layer in modules])
@@ -273,14 +211,14 @@ def save_adapter(
         used = [layer for layer in range(config.layers) if whole[A][layer].any() or whole[B][layer].any()]
         for layer in used or range(config.layers):
             name = module.name.format(layer=layer)
-            for kind in whole.keys() & _ENDS.keys():
-                tensors[_PREFIX + name + _ENDS[kind]] = np.ascontiguousarray(whole[kind][layer].T)
+            for kind in whole.keys() & ENDS.keys():
+                tensors[PREFIX + name + ENDS[kind]] = np.ascontiguousarray(whole[kind][layer].T)
             rank = whole[A].shape[-1]
-            numbers[name] = rank, _alpha(whole[SCALE][layer], _divisor(rank, rslora))
+            numbers[name] = rank, _alpha(whole[SCALE][layer], scale_divisor(rank, rslora))
     for name, leaf in named_leaves(learned).items():
         if name != _SCORE:
             raise WeightsError(f"{name} was trained whole; an adapter's folder holds a reward model's head only")
-        tensors[_PREFIX + weight_table(config)[name].name] = np.ascontiguousarray(_on_host(leaf).astype(np.float32))
+        tensors[PREFIX + weight_table(config)[name].name] = np.ascontiguousarray(_on_host(leaf).astype(np.float32))
     options = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if config.reward else "CAUSAL_LM",

@@ -76,6 +76,11 @@ def gain_metrics(chosen_reward: Array, rejected_reward: Array) -> dict[str, Arra
     return {name: jax.lax.stop_gradient(value) for name, value in metrics.items()}
 
 
+def scaled_gain_metrics(gains: Gains, scale: Array | float) -> dict[str, Array]:
+    """Metrics of a pair whose implicit rewards are its gains times a number, or times one per row [B]."""
+    return gain_metrics(scale * gains.chosen, scale * gains.rejected)
+
+
 class LogRatio(NamedTuple):
     """Log-ratios to the reference float32, and one where they were cut off, without gradient."""
 

@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.diffusion.errors import Inputs, noised_inputs
-from dpo_jax.diffusion.ops import Gains, gain_metrics, pair_gains
+from dpo_jax.diffusion.ops import Gains, pair_gains, scaled_gain_metrics
 from dpo_jax.diffusion.process import Process
 from dpo_jax.ops import require_positive
 from dpo_jax.types import Array, LossOutput, PyTree
@@ -206,5 +206,5 @@ def _residual(rewards: Gains, reward_gap: Array, beta: float) -> tuple[Array, di
     require_positive(beta=beta)
     chex.assert_equal_shape([rewards.chosen, reward_gap])
     residual = jax.lax.stop_gradient(reward_gap.astype(jnp.float32)) - beta * rewards.margin
-    metrics = gain_metrics(beta * rewards.chosen, beta * rewards.rejected)
+    metrics = scaled_gain_metrics(rewards, beta)
     return residual, metrics | {"residual": jax.lax.stop_gradient(residual)}

@@ -20,7 +20,7 @@ reference's errors vanish and the loss is Inversion-DPO's at one level.
 """
 
 from dpo_jax.diffusion.errors import Inputs, inverted_inputs
-from dpo_jax.diffusion.ops import gain_metrics, pair_gains
+from dpo_jax.diffusion.ops import pair_gains, scaled_gain_metrics
 from dpo_jax.diffusion.process import Process
 from dpo_jax.diffusion.types import Predict
 from dpo_jax.ops import logistic_loss, require_between, require_positive
@@ -113,5 +113,5 @@ def inpo_loss(
     """
     require_positive(beta=beta)
     gains = pair_gains(policy_chosen_error, policy_rejected_error, reference_chosen_error, reference_rejected_error)
-    metrics = gain_metrics(0.5 * beta * gains.chosen, 0.5 * beta * gains.rejected)
+    metrics = scaled_gain_metrics(gains, 0.5 * beta)
     return LossOutput(logistic_loss(0.5 * beta * gains.margin), metrics)

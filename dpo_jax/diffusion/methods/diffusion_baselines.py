@@ -34,7 +34,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.diffusion.ops import Gains, denoising_error, gain_metrics, pair_gains
+from dpo_jax.diffusion.ops import denoising_error, pair_gains, scaled_gain_metrics
 from dpo_jax.ops import logistic_loss, require_between, require_positive, smoothed_logistic_loss
 from dpo_jax.types import Array, LossOutput
 
@@ -69,7 +69,7 @@ def diffusion_hinge_loss(
     """
     require_positive(beta=beta)
     gains = pair_gains(policy_chosen_error, policy_rejected_error, reference_chosen_error, reference_rejected_error)
-    return LossOutput(jax.nn.relu(1.0 - 0.5 * beta * gains.margin), _metrics(gains, 0.5 * beta))
+    return LossOutput(jax.nn.relu(1.0 - 0.5 * beta * gains.margin), scaled_gain_metrics(gains, 0.5 * beta))
 
 
 def diffusion_ipo_loss(
@@ -87,7 +87,7 @@ def diffusion_ipo_loss(
     """
     require_positive(beta=beta)
     gains = pair_gains(policy_chosen_error, policy_rejected_error, reference_chosen_error, reference_rejected_error)
-    return LossOutput(jnp.square(gains.margin - 1 / (2 * beta)), _metrics(gains, 1.0))
+    return LossOutput(jnp.square(gains.margin - 1 / (2 * beta)), scaled_gain_metrics(gains, 1.0))
 
 
 def diffusion_conservative_loss(
@@ -109,7 +109,7 @@ def diffusion_conservative_loss(
     require_between(0.0, 0.5, label_smoothing=label_smoothing)
     gains = pair_gains(policy_chosen_error, policy_rejected_error, reference_chosen_error, reference_rejected_error)
     loss = smoothed_logistic_loss(0.5 * beta * gains.margin, label_smoothing)
-    return LossOutput(loss, _metrics(gains, 0.5 * beta))
+    return LossOutput(loss, scaled_gain_metrics(gains, 0.5 * beta))
 
 
 def diffusion_dpo_sft_loss(
@@ -130,7 +130,7 @@ def diffusion_dpo_sft_loss(
     require_between(0.0, float("inf"), beta=beta, sft_coef=sft_coef)
     gains = pair_gains(policy_chosen_error, policy_rejected_error, reference_chosen_error, reference_rejected_error)
     loss = logistic_loss(0.5 * beta * gains.margin) + sft_coef * policy_chosen_error.astype(jnp.float32)
-    return LossOutput(loss, _metrics(gains, 0.5 * beta))
+    return LossOutput(loss, scaled_gain_metrics(gains, 0.5 * beta))
 
 
 def dspo_loss(
@@ -156,7 +156,9 @@ def dspo_loss(
     frozen = jax.lax.stop_gradient(reference_chosen_pred.astype(jnp.float32))
     tilt = beta * jax.nn.sigmoid(-0.5 * beta * gains.margin)  # [B]
     tilt = tilt.reshape(-1, *[1] * (said.ndim - 1))
-    return LossOutput(denoising_error(said - tilt * (said - frozen), chosen_target), _metrics(gains, 0.5 * beta))
+    return LossOutput(
+        denoising_error(said - tilt * (said - frozen), chosen_target), scaled_gain_metrics(gains, 0.5 * beta)
+    )
 
 
 def dspo_threshold_loss(
@@ -181,7 +183,7 @@ def dspo_threshold_loss(
     gains = pair_gains(policy_chosen_error, policy_rejected_error, reference_chosen_error, reference_rejected_error)
     wrong = jax.nn.sigmoid(-0.5 * beta * gains.margin)
     way = denoising_error(policy_chosen_pred, jax.lax.stop_gradient(reference_chosen_pred))
-    return LossOutput(jnp.square(wrong) * jnp.where(way >= threshold, way, 1.0), _metrics(gains, 0.5 * beta))
+    return LossOutput(jnp.square(wrong) * jnp.where(way >= threshold, way, 1.0), scaled_gain_metrics(gains, 0.5 * beta))
 
 
 def sdpo_loss(
@@ -211,7 +213,7 @@ def sdpo_loss(
         policy_chosen_error.astype(jnp.float32), rejected, reference_chosen_error, reference_rejected_error
     )
     loss = logistic_loss(0.5 * beta * gains.margin)
-    return LossOutput(loss, _metrics(gains, 0.5 * beta) | {"rejected_scale": jnp.full_like(loss, scale)})
+    return LossOutput(loss, scaled_gain_metrics(gains, 0.5 * beta) | {"rejected_scale": jnp.full_like(loss, scale)})
 
 
 def rejected_scale(
@@ -276,7 +278,3 @@ def tagged_rows(
         rows.append({"image": pair["chosen"], "caption": good + pair["caption"], "label": 1})
         rows.append({"image": pair["rejected"], "caption": bad + pair["caption"], "label": 0})
     return rows
-
-
-def _metrics(gains: Gains, scale: float) -> dict[str, Array]:
-    return gain_metrics(scale * gains.chosen, scale * gains.rejected)

@@ -18,7 +18,7 @@ beta / elements. At policy = reference the loss is log 2 and its gradient is not
 (0.3133, 1.0)
 """
 
-from dpo_jax.diffusion.ops import gain_metrics, pair_gains
+from dpo_jax.diffusion.ops import pair_gains, scaled_gain_metrics
 from dpo_jax.ops import require_between, require_positive, smoothed_logistic_loss
 from dpo_jax.types import Array, LossOutput
 
@@ -50,5 +50,5 @@ def diffusion_dpo_loss(
     require_between(0.0, 0.5, label_smoothing=label_smoothing)
     gains = pair_gains(policy_chosen_error, policy_rejected_error, reference_chosen_error, reference_rejected_error)
     logits = 0.5 * beta * gains.margin
-    metrics = gain_metrics(0.5 * beta * gains.chosen, 0.5 * beta * gains.rejected)
+    metrics = scaled_gain_metrics(gains, 0.5 * beta)
     return LossOutput(smoothed_logistic_loss(logits, label_smoothing), metrics)

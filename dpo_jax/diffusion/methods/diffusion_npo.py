@@ -22,7 +22,7 @@ hence alpha = 1; delta = 0 and alpha = 0 guide a tuned model by its base.
 
 import jax
 
-from dpo_jax.diffusion.ops import gain_metrics, pair_gains
+from dpo_jax.diffusion.ops import pair_gains, scaled_gain_metrics
 from dpo_jax.ops import logistic_loss, require_positive
 from dpo_jax.types import Array, LossOutput, PyTree
 
@@ -50,7 +50,7 @@ def diffusion_npo_loss(
     """
     require_positive(beta=beta)
     gains = pair_gains(policy_chosen_error, policy_rejected_error, reference_chosen_error, reference_rejected_error)
-    metrics = gain_metrics(0.5 * beta * gains.chosen, 0.5 * beta * gains.rejected)
+    metrics = scaled_gain_metrics(gains, 0.5 * beta)
     return LossOutput(logistic_loss(-0.5 * beta * gains.margin), metrics)
 
 

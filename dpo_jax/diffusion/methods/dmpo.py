@@ -23,7 +23,7 @@ import math
 
 import jax
 
-from dpo_jax.diffusion.ops import gain_metrics, pair_gains
+from dpo_jax.diffusion.ops import pair_gains, scaled_gain_metrics
 from dpo_jax.ops import logistic_loss, require_between, require_positive
 from dpo_jax.types import Array, LossOutput
 
@@ -53,4 +53,4 @@ def dmpo_loss(
     # sigma(-u), not 1 - sigma(u), which float32 rounds to 0 from u = 17 on.
     loss = -jax.nn.sigmoid(u) * (logistic_loss(u) + math.log(right))
     loss = loss - jax.nn.sigmoid(-u) * (logistic_loss(-u) + math.log1p(-right))
-    return LossOutput(loss, gain_metrics(0.5 * beta * gains.chosen, 0.5 * beta * gains.rejected))
+    return LossOutput(loss, scaled_gain_metrics(gains, 0.5 * beta))

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.diffusion.ops import gain_metrics, pair_gains
+from dpo_jax.diffusion.ops import pair_gains, scaled_gain_metrics
 from dpo_jax.ops import logistic_loss, require_positive
 from dpo_jax.types import Array, LossOutput
 
@@ -51,7 +51,7 @@ def flow_dpo_loss(
     """
     require_positive(beta=beta)
     gains = pair_gains(policy_chosen_error, policy_rejected_error, reference_chosen_error, reference_rejected_error)
-    metrics = gain_metrics(0.5 * beta * gains.chosen, 0.5 * beta * gains.rejected)
+    metrics = scaled_gain_metrics(gains, 0.5 * beta)
     return LossOutput(logistic_loss(0.5 * beta * gains.margin), metrics)
 
 
@@ -72,7 +72,7 @@ def flow_dpo_noise_loss(
     require_positive(beta=beta)
     gains = pair_gains(policy_chosen_error, policy_rejected_error, reference_chosen_error, reference_rejected_error)
     scale = 0.5 * beta * jnp.square(1 - jax.lax.stop_gradient(sigmas.astype(jnp.float32)))  # [B]
-    metrics = gain_metrics(scale * gains.chosen, scale * gains.rejected)
+    metrics = scaled_gain_metrics(gains, scale)
     return LossOutput(logistic_loss(scale * gains.margin), metrics)
 
 

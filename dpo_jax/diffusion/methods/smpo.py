@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from dpo_jax.diffusion.errors import Inputs, inverted_inputs
 from dpo_jax.diffusion.inversion import averaged
-from dpo_jax.diffusion.ops import gain_metrics, pair_gains
+from dpo_jax.diffusion.ops import pair_gains, scaled_gain_metrics
 from dpo_jax.diffusion.process import Process
 from dpo_jax.diffusion.types import Predict
 from dpo_jax.ops import logistic_loss, require_positive
@@ -149,5 +149,5 @@ def smpo_loss(
     )
     gains = pair_gains(policy_chosen_error, policy_rejected_error, reference_chosen_error, reference_rejected_error)
     scale = 0.5 * beta * weight  # [B]
-    metrics = gain_metrics(scale * gains.chosen, scale * gains.rejected)
+    metrics = scaled_gain_metrics(gains, scale)
     return LossOutput(logistic_loss(scale * gains.margin), {**metrics, "weight": weight})

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.diffusion.errors import Inputs, noised_inputs
-from dpo_jax.diffusion.ops import Gains, gain_metrics, pair_gains
+from dpo_jax.diffusion.ops import Gains, pair_gains, scaled_gain_metrics
 from dpo_jax.diffusion.process import Process
 from dpo_jax.ops import batch_mean, logistic_loss, require_between, require_positive
 from dpo_jax.types import Array, LossOutput, PyTree
@@ -142,4 +142,4 @@ def _in_place_of(word: str, other: str) -> str:
 
 def _metrics(gains: Gains, scale: float) -> dict[str, Array]:
     mismatched = jax.lax.stop_gradient(gains.rejected)
-    return gain_metrics(scale * gains.chosen, scale * gains.rejected) | {"mismatched_gain": mismatched}
+    return scaled_gain_metrics(gains, scale) | {"mismatched_gain": mismatched}

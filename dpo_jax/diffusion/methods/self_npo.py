@@ -23,6 +23,7 @@ composition of weights are Diffusion-NPO's; there is no other tie to the referen
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.diffusion.draws import normal, of_examples, split_keys
 from dpo_jax.diffusion.errors import Inputs
 from dpo_jax.diffusion.process import Process, empty_condition, level_of
 from dpo_jax.diffusion.sampler import Guidance, guided
@@ -103,7 +104,7 @@ def self_npo_inputs(
       condition: leaves [N, ...].
       process: what the models were trained to undo; gives the empty prompt.
       reference: the model that rolls out.
-      key: of the levels s and their noise.
+      key: of the levels s and their noise; of the batch, or keys [N].
       rollout_steps: K of a rollout.
       grid: number of the grid's levels over all timesteps.
       guidance: of the rollout: 0 is without the prompt, as published, and 1 with it.
@@ -120,13 +121,13 @@ def self_npo_inputs(
         model, told = guided(reference, guidance), Guidance(condition, empty_condition(process, rows))
     noised = add_noise(clean, own_noise, level_of(process, start))
     latents, here, said = truncated_rollout(model, noised, start, told, process, steps=rollout_steps, stride=stride)
-    level_key, noise_key = jax.random.split(key)
-    share = jax.random.uniform(level_key, (rows,))
+    level_key, noise_key = split_keys(key, 2)
+    share = jax.vmap(jax.random.uniform)(level_key) if of_examples(key) else jax.random.uniform(level_key, (rows,))
     after = here + (last - here) * share
     if process.schedule is not None:  # t + 1, ..., T - 1 alike
         after = jnp.minimum(here + 1 + jnp.floor(share * (last - here)), last)
     level = level_of(process, after)
-    moved = noise_further(latents, jax.random.normal(noise_key, latents.shape), level_of(process, here), level)
+    moved = noise_further(latents, normal(noise_key, latents.shape), level_of(process, here), level)
     target = prediction_target(said.clean, implied_noise(moved, said.clean, level), level, process.parameterisation)
     return jax.lax.stop_gradient(Inputs(moved, after, target, condition)._replace(guidance=0))._replace(guidance=1.0)
 

@@ -4,26 +4,39 @@ A new loss needs no new code here unless it names an array that the rules of `ma
 line to COLUMNS. A loss that names `loss_state` starts from `<loss>_state()` of its own module (bco_loss: bco_state).
 """
 
-import functools
-import importlib
-import inspect
-import pkgutil
 import re
-import sys
 import zlib
 from collections.abc import Callable
 
-import docstring_parser
 import jax
 import jax.numpy as jnp
 import numpy as np
+from loss_contract import (
+    GARBAGE,
+    TOLERANCE,
+    Arrays,
+    B,
+    Loss,
+    as_32_bits,
+    assert_computed_in_float32,
+    assert_finite,
+    assert_flow,
+    assert_form,
+    assert_output,
+    assert_refuses_bad_values,
+    assert_rows_apart,
+    assert_same,
+    compiled,
+    is_batch_coupled,
+    losses_of,
+    state_of,
+)
 
 import dpo_jax.language.methods as methods
+from dpo_jax.signatures import read_needs
 from dpo_jax.types import LossOutput
 
-B, K, T = 6, 3, 5  # rows, completions, tokens
-Loss = Callable[..., LossOutput]
-Arrays = dict[str, np.ndarray]
+K, T = 3, 5  # completions, tokens
 
 
 def _numbers(*shape: int) -> Callable[[np.random.Generator], np.ndarray]:
@@ -53,33 +66,12 @@ COLUMNS: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
     "is_adversarial": lambda rng: (np.arange(B) % 3 == 0).astype(np.int32),
 }
 
-GARBAGE = np.array([np.nan, np.inf, -np.inf, 1e30], np.float32)
-TOLERANCE = dict(rtol=1e-5, atol=1e-6)  # two float32 evaluations of one formula in another order
-
 
 def find_losses() -> dict[str, Loss]:
-    """`module.name` -> every public `*_loss` defined in a module of dpo_jax.language.methods."""
-    found = {}
-    for info in pkgutil.iter_modules(methods.__path__, methods.__name__ + "."):
-        module = importlib.import_module(info.name)
-        for name, value in inspect.getmembers(module, inspect.isfunction):
-            if name.endswith("_loss") and not name.startswith("_") and value.__module__ == module.__name__:
-                found[f"{info.name.rpartition('.')[2]}.{name}"] = value
-    return found
+    return losses_of(methods)
 
 
 # Inputs
-
-
-def array_names(loss: Loss) -> list[str]:
-    """Arguments without a default: the arrays that a loss asks for."""
-    parameters = inspect.signature(loss).parameters.values()
-    return [p.name for p in parameters if p.default is p.empty and p.name not in ("loss_state", "key")]
-
-
-def options(loss: Loss) -> dict[str, inspect.Parameter]:
-    """Arguments with a default: the hyper-parameters."""
-    return {p.name: p for p in inspect.signature(loss).parameters.values() if p.default is not p.empty}
 
 
 def mask_of(name: str) -> str:
@@ -146,7 +138,7 @@ def make_array(name: str, mask: np.ndarray | None, rng: np.random.Generator) -> 
 
 def make_inputs(loss: Loss, *, masks: Callable = ragged, policy: Callable = ordinary, seed: int = 0) -> Arrays:
     """Random arrays for every name in a loss's signature, masks float32 so that gradients of them can be asked for."""
-    names = array_names(loss)
+    names = read_needs(loss).arrays
     inputs: Arrays = {}
     for number, name in enumerate(n for n in names if n.endswith("mask")):
         shape = (B, K, T) if name == "mask" else (B, T)
@@ -159,95 +151,26 @@ def make_inputs(loss: Loss, *, masks: Callable = ragged, policy: Callable = ordi
     for name in set(inputs) & set(COLUMNS):
         if masks is some_empty:
             inputs[name] = np.where(np.arange(B).reshape(-1, *[1] * (inputs[name].ndim - 1)) == B - 1, 0, inputs[name])
-    return {n: v.astype(np.int32 if v.dtype.kind == "i" else np.float32) for n, v in inputs.items()}
-
-
-def state_of(loss: Loss) -> dict:
-    """What a loss takes that is neither array nor option: its state before the first step, a random key."""
-    names = inspect.signature(loss).parameters
-    special = {}
-    if "loss_state" in names:
-        state = getattr(sys.modules[loss.__module__], loss.__name__.removesuffix("_loss") + "_state")
-        special["loss_state"] = state()
-    if "key" in names:
-        special["key"] = jax.random.key(0)
-    return special
-
-
-@functools.cache
-def compiled(loss: Loss) -> Callable[[Arrays, dict], tuple[LossOutput, Arrays]]:
-    """(arrays, state) -> output and the gradient of the summed loss by every float array, masks too; compiled once."""
-
-    def evaluate(arrays: Arrays, state: dict) -> tuple[LossOutput, Arrays]:
-        floats = {n: v for n, v in arrays.items() if jnp.issubdtype(v.dtype, jnp.floating)}
-        others = {n: v for n, v in arrays.items() if n not in floats}
-
-        def total(floats: Arrays) -> tuple[jax.Array, LossOutput]:
-            output = loss(**floats, **others, **state)
-            return jnp.sum(output.loss), output
-
-        gradient, output = jax.grad(total, has_aux=True)(floats)
-        return output, gradient
-
-    return jax.jit(evaluate)
+    return as_32_bits(inputs)
 
 
 def run(loss: Loss, inputs: Arrays) -> tuple[LossOutput, Arrays]:
+    """Output and gradient by every float array, masks too."""
     return jax.device_get(compiled(loss)(inputs, state_of(loss)))
-
-
-def assert_same(actual: LossOutput, expected: LossOutput) -> None:
-    assert actual.metrics.keys() == expected.metrics.keys()
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), actual, expected)
-
-
-def assert_finite(tree: object, what: str) -> None:
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        assert np.isfinite(np.asarray(leaf, np.float32)).all(), f"{what}: {jax.tree_util.keystr(path)} is {leaf}"
 
 
 # Checks
 
 
 def check_signature(loss: Loss) -> None:
-    """Keyword-only, typed, every hyper-parameter with a default and a line in the docstring; bad values refused."""
-    signature = inspect.signature(loss)
-    for parameter in signature.parameters.values():
-        assert parameter.kind is parameter.KEYWORD_ONLY, f"{parameter.name} is not keyword-only"
-        assert parameter.annotation is not parameter.empty, f"{parameter.name} has no type"
-    assert signature.return_annotation is LossOutput
-    assert loss.__doc__, "no docstring"
-    parsed = docstring_parser.parse(loss.__doc__)
-    documented = {p.arg_name: p.description for p in parsed.params}
-    assert parsed.short_description, "no line of purpose"
-    assert set(documented) <= set(signature.parameters), f"documents arguments that do not exist: {documented}"
-    for name, parameter in options(loss).items():
-        hash(parameter.default)  # immutable
-        assert documented.get(name), f"hyper-parameter {name} has no line under Args"
-        if name in ("beta", "gamma", "label_smoothing"):
-            for value in (-1.0, float("nan")):
-                try:
-                    loss(**make_inputs(loss), **state_of(loss), **{name: value})
-                except ValueError as error:
-                    assert name in str(error), f"the error does not name {name}: {error}"
-                else:
-                    raise AssertionError(f"{name}={value} was accepted")
+    """The form of a loss; bad values of hyper-parameters are refused."""
+    assert_form(loss, LossOutput)
+    assert_refuses_bad_values(loss, make_inputs(loss))
 
 
 def check_output(loss: Loss) -> None:
-    """loss and metrics float32 [B]; eager (with boolean masks), compiled and vmapped evaluation agree."""
-    inputs, state = make_inputs(loss), state_of(loss)
-    output, _ = run(loss, inputs)
-    for name, value in {"loss": output.loss, **output.metrics}.items():
-        assert value.shape == (B,) and value.dtype == np.float32, f"{name} is {value.dtype}{value.shape}"
-    boolean = {n: jnp.asarray(v, bool if n.endswith("mask") else v.dtype) for n, v in inputs.items()}
-    with jax.numpy_rank_promotion("raise"):
-        assert_same(loss(**boolean, **state), output)
-    other = make_inputs(loss, seed=1)
-    stacked = {n: jnp.stack([inputs[n], other[n]]) for n in inputs}
-    both = jax.vmap(lambda arrays: loss(**arrays, **state))(stacked)
-    assert_same(jax.tree.map(lambda v: v[0], both), output)
-    assert_same(jax.tree.map(lambda v: v[1], both), run(loss, other)[0])
+    """Shapes and types; all ways to evaluate agree."""
+    assert_output(loss, make_inputs, run)
 
 
 def check_finite(loss: Loss) -> None:
@@ -260,15 +183,10 @@ def check_finite(loss: Loss) -> None:
 
 
 def check_bfloat16(loss: Loss) -> None:
-    """bfloat16 arrays are computed in float32: equal to the float32 loss of the rounded values."""
-    inputs, state = make_inputs(loss), state_of(loss)
+    """bfloat16 arrays are computed in float32, large ones too."""
+    inputs = make_inputs(loss)
     per_token = [n for n in inputs if not n.endswith("mask") and n.endswith(("_logps", "kl", "entropy", "collision"))]
-    half = {n: jnp.asarray(v, jnp.bfloat16 if n in per_token else v.dtype) for n, v in inputs.items()}
-    rounded = {n: np.asarray(v, inputs[n].dtype) for n, v in half.items()}
-    # Not compiled: XLA may keep the digits between two fused bfloat16 operations and so hide the second one.
-    output = loss(**half, **state)
-    assert output.loss.dtype == np.float32
-    assert_same(output, run(loss, rounded)[0])
+    assert_computed_in_float32(loss, inputs, per_token, run)
     far = make_inputs(loss, policy=extreme)
     far = {n: v.astype(jnp.bfloat16) if n in per_token else v for n, v in far.items()}
     assert_finite(run(loss, far), "bfloat16 extreme")
@@ -295,26 +213,13 @@ def check_masks(loss: Loss) -> None:
 
 
 def check_rows(loss: Loss) -> None:
-    """Rows do not know each other, unless the docstring says batch-coupled."""
-    if "batch-coupled" in (loss.__doc__ or ""):
-        return
-    inputs = make_inputs(loss)
-    output, gradient = run(loss, inputs)
-    order = np.array([3, 0, 5, 1, 4, 2])
-    permuted, permuted_gradient = run(loss, {n: v[order] for n, v in inputs.items()})
-    assert_same(permuted, jax.tree.map(lambda v: v[order] if np.shape(v)[:1] == (B,) else v, output))
-    for name in gradient:
-        np.testing.assert_allclose(permuted_gradient[name], gradient[name][order], err_msg=name, **TOLERANCE)
-    # Other neighbours: the even rows stay, the odd ones come from another draw.
-    even = np.arange(B) % 2 == 0
-    other = make_inputs(loss, seed=1)
-    mixed = {n: np.where(even.reshape(-1, *[1] * (v.ndim - 1)), v, other[n]) for n, v in inputs.items()}
-    np.testing.assert_allclose(run(loss, mixed)[0].loss[even], output.loss[even], **TOLERANCE)
+    """Rows do not know each other, unless the docstring says so."""
+    assert_rows_apart(loss, make_inputs, run)
 
 
 def check_empty_places(loss: Loss) -> None:
     """A row without tokens counts for nothing in the statistics of a batch: without it the others' losses are equal."""
-    if "batch-coupled" not in (loss.__doc__ or ""):
+    if not is_batch_coupled(loss):
         return
     inputs = make_inputs(loss, masks=some_empty)
     with_empty, _ = run(loss, inputs)
@@ -325,14 +230,15 @@ def check_empty_places(loss: Loss) -> None:
 
 def check_constants(loss: Loss) -> None:
     """Nothing flows into the reference, frozen models, columns, masks or collision statistics; some into the policy."""
-    _, gradient = run(loss, make_inputs(loss))
-    for name, value in gradient.items():
-        frozen = name.startswith(("reference_", "guidance_", "contrastive_")) or name in COLUMNS
-        # KTO does not differentiate its reference point, which the mismatched completions give.
-        if frozen or name.endswith(("mask", "_collision")) or name == "policy_mismatched_logps":
-            assert (value == 0).all(), f"gradient flows into {name}"
-        elif name.startswith("policy_") and name.endswith(("_logps", "_reward")):
-            assert (value != 0).any(), f"no gradient reaches {name}"
+    assert_flow(run(loss, make_inputs(loss))[1], _learns)
+
+
+def _learns(name: str) -> bool | None:
+    frozen = name.startswith(("reference_", "guidance_", "contrastive_")) or name in COLUMNS
+    # KTO does not differentiate its reference point, which the mismatched completions give.
+    if frozen or name.endswith(("mask", "_collision")) or name == "policy_mismatched_logps":
+        return False
+    return True if name.startswith("policy_") and name.endswith(("_logps", "_reward")) else None
 
 
 def check_every_array_matters(loss: Loss) -> None:

@@ -10,7 +10,7 @@ from tiny_runs import command, train
 from dpo_jax.language.models.weights import load_hf
 from dpo_jax.tree import named_leaves
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="compares the measures with torch's softmax")
 
 
 def weights(folder) -> dict[str, np.ndarray]:

@@ -35,7 +35,7 @@ def run(tiny, tmp_path_factory):
 
 def hand_scored(folder, texts: list[tuple[str, str]]) -> np.ndarray:
     """Log-probabilities of completions (with the EOS after them) by torch's model of the same folder, float64 [N]."""
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="compares reference log-probabilities with torch's")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from make_scheduler_fixtures import CASES, FILE, rollout, tables
 
-pytest.importorskip("diffusers")
-pytest.importorskip("torch")
+pytest.importorskip("diffusers", reason="compares the committed numbers with diffusers' schedulers")
+pytest.importorskip("torch", reason="compares the committed numbers with diffusers' schedulers")
 EXPECTED = np.load(FILE)
 
 

@@ -123,7 +123,7 @@ def test_files_in_order_with_line_numbers(tmp_path, suffix):
 
 
 def test_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow = pytest.importorskip("pyarrow", reason="compares rows read from Parquet with those that pyarrow wrote")
     from pyarrow import parquet
 
     rows = [{**GOOD, "margin": 0.5, "hint": None}, {**GOOD, "margin": 1.0, "hint": "x"}, {**GOOD, "chosen": ""}]

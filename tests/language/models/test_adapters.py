@@ -117,8 +117,8 @@ def test_peft_loads_what_is_written(kind, base, tmp_path):
 
 
 def assert_peft_gives_the_same(folder, base, opened, adapters, **options):
-    pytest.importorskip("torch")
-    peft = pytest.importorskip("peft")
+    pytest.importorskip("torch", reason="compares logits of adapted models with peft's")
+    peft = pytest.importorskip("peft", reason="compares logits of adapted models with peft's")
     config, variables = opened
     save_adapter(folder, config, adapters, base=str(base), **options)
     model = peft.PeftModel.from_pretrained(base_model(base), folder).eval()

@@ -122,7 +122,7 @@ def test_a_router_without_preference_is_balanced_and_its_penalty_has_a_gradient(
 
 @pytest.mark.parametrize("variant", ["qwen3_moe", "mixtral"])
 def test_the_load_balancing_loss_is_that_of_transformers(variant):
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="compares the load balancing loss with that of transformers")
     from transformers import AutoModelForCausalLM
 
     config, variables = load_hf(FOLDER / variant)

@@ -36,7 +36,7 @@ def test_what_is_saved_reads_back_bit_by_bit(variant, tmp_path):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_fixtures_are_what_torch_gives_today(variant, tmp_path):
-    pytest.importorskip("torch")
+    pytest.importorskip("torch", reason="compares the committed numbers with torch's")
     expected = dict(np.load(FOLDER / variant / "expected.npz"))
     today = numbers(write_checkpoint(tmp_path, variant))
     assert today.keys() == expected.keys()
@@ -46,7 +46,7 @@ def test_fixtures_are_what_torch_gives_today(variant, tmp_path):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_torch_reads_an_export_and_gives_equal_logits(variant, tmp_path):
-    pytest.importorskip("torch")
+    pytest.importorskip("torch", reason="compares logits of an export with torch's")
     config, variables = load_hf(FOLDER / variant)
     changed = jax.tree.map(lambda leaf: leaf * 1.05 + 0.01, variables)
     # Without the source, so that the settings of config_to_hf alone decide; but the padding word that the class of a
@@ -65,7 +65,7 @@ REWARDS = ("qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "phi", "gpt_
 
 @pytest.mark.parametrize("variant", REWARDS)
 def test_reward_models_give_torchs_rewards_both_ways(variant, tmp_path):
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="compares rewards with torch's")
     from transformers import AutoModelForSequenceClassification
 
     config, variables = load_hf(write_checkpoint(tmp_path / "theirs", variant, reward=True))

@@ -69,7 +69,7 @@ def test_several_labels_are_no_reward():
 
 
 def test_rewards_equal_those_of_torch(reward_folder):
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="compares rewards with torch's")
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(reward_folder, dtype=torch.float32).eval()

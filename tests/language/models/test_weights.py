@@ -256,7 +256,7 @@ def test_writing_that_fails_leaves_the_weights_that_were_there(monkeypatch, tmp_
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_fixtures_are_what_torch_gives_today(variant, tmp_path):
-    pytest.importorskip("torch")
+    pytest.importorskip("torch", reason="compares the committed numbers with torch's")
     expected = dict(np.load(FOLDER / variant / "expected.npz"))
     today = torch_numbers(write_checkpoint(tmp_path, variant))
     assert today.keys() == expected.keys()
@@ -266,7 +266,7 @@ def test_fixtures_are_what_torch_gives_today(variant, tmp_path):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_torch_reads_an_export_and_gives_equal_logits(variant, tmp_path):
-    pytest.importorskip("torch")
+    pytest.importorskip("torch", reason="compares logits of an export with torch's")
     config, variables = load_hf(FOLDER / variant)
     changed = jax.tree.map(lambda leaf: leaf * 1.05 + 0.01, variables)
     # Without the source, so that the settings of config_to_hf alone decide.

@@ -115,7 +115,7 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
 
 
 def test_filters_and_penalty_are_those_of_transformers():
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="compares filtered logits with those of transformers' processors")
     from transformers import (
         MinPLogitsWarper,
         RepetitionPenaltyLogitsProcessor,

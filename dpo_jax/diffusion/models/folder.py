@@ -23,7 +23,7 @@ from dpo_jax.diffusion.models.layers import Types
 from dpo_jax.diffusion.models.mmdit_config import MMDiTConfig
 from dpo_jax.diffusion.models.scheduler import Noising, noising_from_dict
 from dpo_jax.diffusion.models.unet_config import UNetConfig
-from dpo_jax.diffusion.models.vae import AutoencoderConfig
+from dpo_jax.diffusion.models.vae_config import AutoencoderConfig
 from dpo_jax.diffusion.models.weights import DIFFUSERS, TRANSFORMERS, find_files, load_model, save_model
 from dpo_jax.keys import WeightsError, flag, read_object
 from dpo_jax.sharding import Rules
@@ -65,7 +65,8 @@ class Pipeline:
       encoders: configs of the text encoders.
       noising: the process that the denoiser was trained to undo, and its usual grid.
       tokenizers: transformers' own, one for each text encoder.
-      zero_empty: the condition of the empty prompt is zeros (SDXL).
+      zero_empty: zeros stand for no prompt at all, and not the states of the empty text (SDXL).
+      names_t5: model_index.json names a third text encoder, which is not read.
     """
 
     folder: Path
@@ -76,6 +77,7 @@ class Pipeline:
     noising: Noising
     tokenizers: tuple[Any, ...]
     zero_empty: bool = False
+    names_t5: bool = False
 
 
 def denoiser_name(kind: Kind) -> str:
@@ -116,6 +118,7 @@ def open_pipeline(model: str | Path) -> Pipeline:
         noising=noising_from_dict(read_object(scheduler), str(scheduler)),
         tokenizers=tuple(_tokenizer(folder / _TOKENIZERS[encoder]) for encoder in encoders),
         zero_empty=kind == "sdxl" and flag(index, str(place), "force_zeros_for_empty_prompt", True),
+        names_t5=_is_component(index.get("text_encoder_3")),
     )
 
 

@@ -9,14 +9,9 @@ from typing import Any
 from dpo_jax.cli.configs import DataConfig
 from dpo_jax.cli.console import UsageError, say
 from dpo_jax.cli.processes import is_first
-from dpo_jax.language.data.batches import (
-    LayoutPlan,
-    plan_layout,
-    plan_padded_layout,
-    split_examples,
-    steps_per_epoch,
-)
+from dpo_jax.language.data.batches import split_examples
 from dpo_jax.language.data.columns import ColumnError, advice, with_columns
+from dpo_jax.language.data.dealing import LayoutPlan, plan_layout, plan_padded_layout, steps_per_epoch
 from dpo_jax.language.data.encode import encode_rows
 from dpo_jax.language.data.forms import FormError, to_form
 from dpo_jax.language.data.pack import Layout, example_lengths

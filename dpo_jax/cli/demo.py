@@ -22,7 +22,8 @@ from dpo_jax.cli.configs import CONFIG_FILE, config_record, write_record
 from dpo_jax.cli.console import OutputConfig, UsageError, result, say
 from dpo_jax.cli.evaluate import evaluate_pairs
 from dpo_jax.cli.loop import Course, Outcome, run_course, with_tokens
-from dpo_jax.language.data.batches import batches, plan_layout
+from dpo_jax.language.data.batches import batches
+from dpo_jax.language.data.dealing import plan_layout
 from dpo_jax.language.data.pack import example_lengths
 from dpo_jax.language.methods import dpo_loss, sft_loss
 from dpo_jax.language.models.decoder import (

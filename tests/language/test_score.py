@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from toy_model import VOCABULARY, logps_one_by_one, ragged_examples, toy_logits, toy_model, toy_variables
 
-from dpo_jax.language.data.batches import plan_layout, plan_padded_layout
+from dpo_jax.language.data.dealing import plan_layout, plan_padded_layout
 from dpo_jax.language.data.pack import example_lengths, pack_rows, pad_rows
 from dpo_jax.language.score import completion_mask
 from dpo_jax.language.score import score as score_eagerly

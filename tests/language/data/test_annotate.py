@@ -9,7 +9,8 @@ import pytest
 from toy_model import VOCABULARY, logps_one_by_one, ragged_examples, toy_logits, toy_model, toy_variables
 
 from dpo_jax.language.data import annotate
-from dpo_jax.language.data.batches import epoch_batches, plan_layout, plan_padded_layout
+from dpo_jax.language.data.batches import epoch_batches
+from dpo_jax.language.data.dealing import plan_layout, plan_padded_layout
 from dpo_jax.language.data.pack import example_lengths
 from dpo_jax.language.types import Example
 from dpo_jax.sharding import make_mesh

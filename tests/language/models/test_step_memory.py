@@ -7,7 +7,8 @@ import numpy as np
 import optax
 from toy_model import ragged_examples
 
-from dpo_jax.language.data.batches import epoch_batches, plan_layout
+from dpo_jax.language.data.batches import epoch_batches
+from dpo_jax.language.data.dealing import plan_layout
 from dpo_jax.language.data.pack import example_lengths
 from dpo_jax.language.methods import dpo_loss, wpo_loss
 from dpo_jax.language.models.decoder import RULES, DecoderConfig, decoder_function, init_variables

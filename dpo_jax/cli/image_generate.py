@@ -19,7 +19,7 @@ from dpo_jax.cli.image_configs import ImageModelConfig
 from dpo_jax.cli.image_models import OpenPipeline, open_images, text_encoder
 from dpo_jax.cli.image_sampling import ImageSampler, SamplingConfig, check_sampling, grid_of
 from dpo_jax.cli.processes import is_first, join_processes
-from dpo_jax.diffusion.data.rows import CAPTION_KEYS
+from dpo_jax.diffusion.data.parsing import CAPTION_KEYS
 from dpo_jax.diffusion.models.adapters import load_adapter
 from dpo_jax.diffusion.models.folder import denoiser_name
 from dpo_jax.diffusion.types import TextCondition

@@ -10,8 +10,8 @@ import numpy as np
 
 from dpo_jax.diffusion.data.cache import content_key
 from dpo_jax.diffusion.data.images import MAX_PIXELS, OnMode, decode
+from dpo_jax.diffusion.data.parsing import ImageRow
 from dpo_jax.diffusion.data.places import ImageError, MemoryBytes, MemoryImage, Place, read_bytes
-from dpo_jax.diffusion.data.rows import ImageRow
 from dpo_jax.rows import OnBadRow, RowError, SkippedRow
 
 T = TypeVar("T")

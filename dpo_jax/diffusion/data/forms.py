@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.diffusion.data.rows import ImageRow
+from dpo_jax.diffusion.data.parsing import ImageRow
 
 
 class FormError(ValueError):

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dpo_jax.diffusion.data.forms import FormError, to_form
+from dpo_jax.diffusion.data.parsing import ImageRow, parse_row
 from dpo_jax.diffusion.data.places import MemoryBytes
-from dpo_jax.diffusion.data.rows import ImageRow, check_rows, parse_row
+from dpo_jax.diffusion.data.rows import check_rows
 from dpo_jax.rows import RowError
 
 A, B, C = (MemoryBytes(letter) for letter in (b"a", b"b", b"c"))
@@ -167,7 +168,14 @@ def test_captions_of_each_image(given_row, images, captions, caption):
         ({"image": GOOD, "caption": "c", "chosen_caption": "c"}, "chosen_caption"),
         ({"image": GOOD, "caption": "c", "caption_0": "c"}, "caption_0"),
         ({"images": [GOOD, BAD], "caption": "c", "rejected_caption": "d"}, "rejected_caption"),
-        ({"image": GOOD, "caption": "c", "rejected_caption": "d", "label": 0}, "label beside rejected_caption"),
+        (
+            {"image": GOOD, "caption": "c", "rejected_caption": "d", "label": 0},
+            "label beside the image and rejected_caption",
+        ),
+        (
+            {"image": GOOD, "caption": "c", "chosen_caption": "d", "rejected_caption": "e"},
+            "chosen_caption and caption of",
+        ),
         ({**SIDES, "chosen_caption": "c", "caption_1": "d"}, "there is chosen_caption and caption_1; expected"),
     ],
 )

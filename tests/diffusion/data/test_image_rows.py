@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import tarfile
 
 import numpy as np
@@ -15,8 +16,9 @@ from PIL import Image
 from pyarrow import parquet
 
 from dpo_jax.diffusion.data.decoding import check_images, load_images
+from dpo_jax.diffusion.data.parsing import parse_row
 from dpo_jax.diffusion.data.places import FileBytes, MemoryBytes, ParquetBytes
-from dpo_jax.diffusion.data.rows import check_rows, parse_row, read_rows
+from dpo_jax.diffusion.data.rows import check_rows, read_rows
 from dpo_jax.rows import RowError
 
 
@@ -29,6 +31,7 @@ def png(level, size=(4, 6), kind="PNG") -> bytes:
 GOOD, BAD = png(200), png(50)
 PAIR = {"caption": "c", "chosen": GOOD, "rejected": BAD}
 PICKAPIC = {"jpg_0": BAD, "jpg_1": GOOD, "label_0": 0.0, "label_1": 1.0, "caption": "c"}
+NUMBERED = {"caption": "c", "image_0": GOOD, "image_1": BAD}
 
 
 def levels(row):
@@ -52,6 +55,27 @@ def levels(row):
             [200, 50],
             {"tie": 0, "rejected_score": 1.0, "chosen_score": 3.0, "size_0": 4},
         ),
+        (
+            {**PICKAPIC, "ps_score_0": 1.5, "ps_score_1": 0.5, "ps_label_0": 1, "ps_label_1": 0},
+            "pairs",
+            [200, 50],
+            {"tie": 0, "rejected_score": 1.5, "chosen_score": 0.5},
+        ),
+        (
+            {**NUMBERED, "pickscore_0": 1, "pickscore_1": 2, "ps_label_0": 0},
+            "pairs",
+            [50, 200],
+            {"tie": 0, "rejected_score": 1, "chosen_score": 2},
+        ),
+        ({**NUMBERED, "label_0": 1, "label_1": 0, "label": 0, "tie": 0}, "pairs", [200, 50], {"tie": 0}),
+        ({**PAIR, "prompt": "c", "tie": 1, "has_label": True}, "pairs", [200, 50], {"tie": 1}),
+        (
+            {**PAIR, "margin": np.float32(1.5), "state": np.ones((1, 2), np.float32), "source": "3.5"},
+            "pairs",
+            [200, 50],
+            {"margin": 1.5, "state": [[1.0, 1.0]]},
+        ),
+        ({"text": "t", "image": GOOD, "labels": 0, "entity": "dog"}, "singles", [200], {"labels": 0}),
         ({"text": "t", "image": GOOD, "label": True}, "singles", [200], {"labels": True}),
         ({"text": "t", "image": {"bytes": GOOD, "path": None}}, "singles", [200], {}),
         ({"text": "t", "image": Image.new("RGB", (2, 2), (9, 0, 0))}, "singles", [9], {}),
@@ -100,6 +124,49 @@ def test_forms(row, form, expected, columns):
         ({"caption": "c", "images": []}, "at least one image"),
         ({"caption": "c", "images": [GOOD, BAD], "scores": [1]}, "1 scores for 2 images"),
         ({"caption": "c", "images": [GOOD, GOOD]}, "not all different"),
+        # What says two things at once.
+        ({**PAIR, "prompt": "d"}, "caption and prompt are different captions"),
+        ({**PAIR, "prompt": 3}, "prompt should be text, got a number"),
+        ({**PAIR, "image_0": GOOD, "image_1": BAD, "label": 0}, "there is chosen beside image_0"),
+        ({**PAIR, "image": GOOD}, "there is chosen beside image"),
+        ({**PAIR, "chosen_file_name": "x.png"}, "there are chosen and rejected and chosen_file_name"),
+        ({"caption": "c", "image": GOOD, "jpg": GOOD}, "there are image and jpg"),
+        ({"caption": "c", "image": GOOD, "images": [GOOD]}, "there is images beside image"),
+        ({"caption": "c", "entity": GOOD}, "there is entity, but no generated"),
+        ({**PAIR, "label": 0}, "there is label beside chosen and rejected, which say already who won"),
+        ({**PAIR, "label_1": 1}, "there is label_1 beside chosen and rejected"),
+        ({**PAIR, "labels": [1, 0]}, "there is labels beside chosen and rejected"),
+        ({**PAIR, "has_label": False}, "has_label is false"),
+        ({**PAIR, "score_0": 1, "score_1": 2}, "there is score_0 beside chosen and rejected; name it chosen_score or"),
+        ({**PAIR, "tie": 2}, "tie is 2"),
+        ({**NUMBERED, "label": 1, "label_0": 1}, "label_0 is 1 and label is 1, which do not agree"),
+        ({**NUMBERED, "label": True}, "label is True; expected the index of the winner"),
+        ({**NUMBERED, "label_0": 1, "labels": 1}, "there is labels of a pair"),
+        ({**NUMBERED, "label_0": 1, "tie": 1}, "tie is 1, which is not what the label says"),
+        ({**NUMBERED, "label_0": 1, "score_0": 1}, "there is score_0, but no score_1"),
+        ({**NUMBERED, "label_0": 1, "ps_score_1": 1}, "there is ps_score_1, but no ps_score_0"),
+        (
+            {**NUMBERED, "label_0": 1, "score_0": 1, "score_1": 2, "chosen_score": 3},
+            "score_0 are both chosen_score",
+        ),
+        (
+            {**NUMBERED, "label_0": 1, "score_0": 1, "score_1": 2, "ps_score_0": 1, "ps_score_1": 2},
+            "ps_score_0 and score_0 are both chosen_score",
+        ),
+        ({**PICKAPIC, "has_label": "no"}, "has_label should be true or false, got text 'no'"),
+        ({"caption": "c", "image": GOOD, "label": 1, "labels": 0}, "there is label beside labels"),
+        ({"caption": "c", "image": GOOD, "labels": 2}, "labels is 2"),
+        ({"caption": "c", "image": GOOD, "tie": 1}, "there is tie of a single image"),
+        ({"caption": "c", "images": [GOOD, BAD], "label": 1}, "there is label of a list"),
+        ({"caption": "c", "images": [GOOD, BAD], "scores": [[1], [2]]}, "scores holds lists"),
+        ({"caption": "c", "entity": GOOD, "generated": BAD, "tie": 1}, "there is tie of entity and generated"),
+        # Quantities that are no numbers.
+        ({**PAIR, "chosen_score": "3.5"}, "chosen_score should be a number or a list of numbers, got text '3.5'"),
+        ({**NUMBERED, "label_0": 1, "score_0": "1", "score_1": 2}, "score_0 should be a number"),
+        ({"caption": "c", "image": GOOD, "label": "false"}, "label should be a number or a list of numbers, got text"),
+        ({"caption": "c", "images": [GOOD, BAD], "scores": [1, None]}, "scores should be a number or a list of"),
+        ({**PAIR, "reward_gap": []}, "reward_gap should be a number or a list of numbers, got an empty list"),
+        ({**PAIR, 3: 4}, "the key 3 is a number"),
     ],
 )
 def test_bad_row_says_where_and_why(row, expected):
@@ -313,27 +380,74 @@ def test_bad_images_name_file_row_and_side(tmp_path):
 
 values = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.binary(max_size=3)
 nested = st.recursive(values, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner))
-likely = st.sampled_from([GOOD, BAD, {"bytes": GOOD}, {"path": "x"}, 0, 1, 0.5, [GOOD, BAD], [1, 2]])
+likely = st.sampled_from([GOOD, BAD, {"bytes": GOOD}, {"path": "x"}, 0, 1, True, 0.5, "c", "3.5", [GOOD, BAD], [1, 2]])
+PLAIN_KEYS = ("margin", "source", "size_0", "size_1", "state")
 keys = st.sampled_from(
     (
         *("caption", "prompt", "chosen", "rejected", "image_0", "image_1", "image", "images", "file_name"),
-        *("label", "label_0", "label_1", "score_0", "score_1", "scores", "tie", "has_label"),
+        *("label", "label_0", "label_1", "labels", "score_0", "score_1", "scores", "tie", "has_label", "chosen_score"),
+        *("ps_score_0", "ps_score_1", "ps_label_0", "chosen_caption", "rejected_caption", "entity", "generated"),
+        *PLAIN_KEYS,
     )
+)
+whole = st.sampled_from(
+    [
+        PAIR,
+        PICKAPIC,
+        {**NUMBERED, "label": 1},
+        {"caption": "c", "image": GOOD},
+        {"caption": "c", "image": GOOD, "rejected_caption": "d"},
+        {"caption": "c", "images": [GOOD, BAD], "scores": [2, 1]},
+        {"caption": "c", "entity": GOOD, "generated": BAD},
+    ]
 )
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.dictionaries(keys, likely | nested) | nested)
-def test_any_value_is_a_row_or_a_row_error(value):
+def kept_as(name, row, read):
+    """The columns one of which has to hold a number that stands in a row under a name, so that nothing is lost."""
+    if name in ("label", "label_0", "label_1", "ps_label_0"):
+        return {"labels"} if read.form == "singles" else {"tie"}
+    if name.startswith("ps_score_"):
+        return {"chosen_score", "rejected_score", name}
+    return {name, f"chosen_{name[:-2]}", f"rejected_{name[:-2]}"}
+
+
+@settings(max_examples=400, deadline=None)
+@given(whole | st.just({}), st.dictionaries(keys, likely | nested, max_size=3) | nested)
+def test_any_row_is_read_whole_or_refused_by_the_name_of_a_key(good, more):
+    row = {**good, **more} if isinstance(more, dict) else more
     try:
-        row = parse_row(value)
-    except RowError:
+        read = parse_row(row)
+    except RowError as error:
+        named = re.findall(r"\w+", error.reason)
+        assert not isinstance(row, dict) or not row or any(str(key) in named for key in row) or "caption" in named
         return
-    assert (
-        row.images
-        and isinstance(row.caption, str)
-        and len(row.images) == (2 if row.form == "pairs" else len(row.images))
-    )
+    assert isinstance(read.caption, str) and {row[key] for key in ("caption", "prompt") if row.get(key)} <= {
+        read.caption
+    } | set(read.captions)
+    assert len(read.images) == (2 if read.form in ("pairs", "patches") else len(row.get("images") or [0]))
+    images = [key for key in row if key in ("chosen", "image_0", "jpg_0", "image", "images", "file_name")]
+    assert sum(row[key] is not None for key in images) == (read.form != "patches")
+    for name, value in row.items():
+        if isinstance(value, (bool, int, float)) and name not in ("has_label", *images):
+            assert kept_as(name, row, read) & read.columns.keys(), (name, read.columns)
+        if isinstance(value, str) and name not in (*PLAIN_KEYS, "entity", "generated", *images):
+            assert value in (read.caption, *read.captions), name
+
+
+@settings(max_examples=150, deadline=None)
+@given(first=st.sampled_from([0, 0.5, 1]), label=st.sampled_from([0, 0.5, 1]), scores=st.tuples(*[st.integers()] * 2))
+def test_scores_stay_with_their_images(first, label, scores):
+    row = {**NUMBERED, "label_0": first, "label": label, "score_0": scores[0] % 99, "score_1": scores[1] % 99}
+    if first + label != 1:
+        with pytest.raises(RowError, match="which do not agree"):
+            parse_row(row)
+        return
+    read = parse_row(row)
+    known = {200: row["score_0"], 50: row["score_1"]}
+    assert [known[level] for level in levels(read)] == [
+        read.columns[f"{side}_score"] for side in ("chosen", "rejected")
+    ]
 
 
 @settings(max_examples=150, deadline=None)

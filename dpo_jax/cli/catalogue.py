@@ -119,6 +119,11 @@ class Method:
         return image_objectives.needs_reference(self.loss, self.inputs)
 
     @property
+    def start_noise(self) -> float:
+        """Share of noise that the policy starts with: the module's `START_NOISE` where the reference is no start."""
+        return getattr(self.module, "START_NOISE", 0.0)
+
+    @property
     def hyper(self) -> dict[str, Any]:
         """Names and defaults of the options: of the loss, then of what makes its inputs."""
         own = read_needs(self.loss).hyper

@@ -58,6 +58,7 @@ _RANGES = {
     "guidance_rescale": (0, 1),
     "eta": (0, 1),
     "height": (1, float("inf")),
+    "start_noise": (0, 1),
     "width": (1, float("inf")),
 }
 # Name -> (low, high) of numbers that lie strictly between.

@@ -25,6 +25,9 @@ class ImageModelConfig:
     """Type of the parameters and of the optimizer's moments; adapters are float32."""
     remat: Literal["none", "full"] = "none"
     """What a block's backward pass computes again to save memory: nothing, or everything."""
+    start_noise: float | None = None
+    """Noise on the policy's parameters at the start, as a share of their deviation; by default 0, or what a method
+    needs that cannot start at its reference. With adapters it is on lora_b, as a share of the kernels' deviation."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class ImageDataConfig:
     """Crop all images to squares, or to the nearest of several ratios of sides."""
     flip: bool = False
     """Turn a random half of the images left to right; not for captions that tell left from right."""
+    t5_states: str | None = None
+    """File or folder of T5 states of all captions and of the empty one (`write_t5_states`), for SD3; else zeros."""
     caption_dropout: float = 0.0
     """Probability that a row's captions become empty in a step, which keeps guidance working; 0.2 is usual."""
     offset_noise: float = 0.0

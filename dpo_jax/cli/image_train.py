@@ -17,7 +17,8 @@ from dpo_jax.cli.console import UsageError, say
 from dpo_jax.cli.image_adapters import AdaptedPipeline, adapted_pipeline, frozen_part, write_pipeline
 from dpo_jax.cli.image_configs import ImageAdapterConfig
 from dpo_jax.cli.image_data import PreparedImages, prepare_images
-from dpo_jax.cli.image_models import empty_condition_of, open_images
+from dpo_jax.cli.image_models import open_images
+from dpo_jax.cli.image_texts import condition_of
 from dpo_jax.cli.job import Job, hyper_parameters, keep_config, run_job, summarise
 from dpo_jax.cli.processes import is_first, join_processes
 from dpo_jax.diffusion.data.batches import batches, epoch_batches
@@ -73,7 +74,7 @@ def check_image_options(method: Method, config: Any) -> None:
     given = (("model", config.model.model), ("data", config.data.data), ("out", config.loop.out))
     if missing := [option(name) for name, value in given if not value]:
         raise UsageError(f"train {method.slug} needs {', '.join(missing)}")
-    for part in (config.adapters, config.data, config.loop, config.optimizer):
+    for part in (config.model, config.adapters, config.data, config.loop, config.optimizer):
         check_ranges(part)
     check_optimizer(config.optimizer)
     check_course(config.data, config.loop)
@@ -128,7 +129,7 @@ def job_of(method: Method, config: Any, adapted: AdaptedPipeline, data: Prepared
     """The run that the options ask for."""
     model, loop = adapted.model, config.loop
     place = {"host": jax.process_index(), "hosts": jax.process_count()}
-    process = replace(model.process, empty=empty_condition_of(data.cache[data.empty], model))
+    process = replace(model.process, empty=condition_of(data.cache[data.no_text], model))
     objective = from_loss(
         method.loss,
         process,
@@ -180,7 +181,15 @@ def job_of(method: Method, config: Any, adapted: AdaptedPipeline, data: Prepared
         held_out=held_out if data.held_out else None,
         export=lambda state: export_state(state, adapted, out),
         unit="images",
+        start_noise=start_noise_of(method, config),
     )
+
+
+def start_noise_of(method: Method, config: Any) -> float:
+    """Noise that the policy starts with: as given, or what the method needs unless its reference is another model."""
+    if config.model.start_noise is not None:
+        return config.model.start_noise
+    return method.start_noise if config.model.reference_model is None else 0.0
 
 
 def export_state(state: TrainState, adapted: AdaptedPipeline, out: Path) -> None:

@@ -15,6 +15,7 @@ from dpo_jax.cli.console import UsageError, result, say
 from dpo_jax.cli.loop import Course, Outcome, run_course, without_frozen
 from dpo_jax.cli.processes import is_first
 from dpo_jax.optimizers import make_optimizer
+from dpo_jax.perturb import perturb
 from dpo_jax.report import open_metrics, read_metrics
 from dpo_jax.sharding import Rules, shard_batch
 from dpo_jax.train import (
@@ -29,6 +30,7 @@ from dpo_jax.train import (
     make_train_step,
     state_shardings,
 )
+from dpo_jax.tree import combine, partition
 from dpo_jax.types import Array, PyTree
 
 
@@ -53,6 +55,7 @@ class Job:
       held_out: batches that hold every held-out row once, or None.
       export: writes the model of a state's variables.
       unit: what the speed is counted in.
+      start_noise: share of the parameters' deviation that the policy, and not its reference, is moved by at the start.
     """
 
     slug: str
@@ -72,6 +75,7 @@ class Job:
     held_out: Callable[[], Iterable[PyTree]] | None
     export: Callable[[TrainState], None]
     unit: str = "tokens"
+    start_noise: float = 0.0
 
 
 def keep_config(out: Path, record: dict[str, Any]) -> None:
@@ -167,7 +171,7 @@ def _start(job: Job, config: Any, mesh: Mesh, optimizer: Any, checkpoints: Any) 
 
     if checkpoints.latest_step() is None:
         other = None if job.other_reference is None or not job.reference else job.other_reference(mesh)
-        return build(begin(), other), 0
+        return _moved(job, build(begin(), other), mesh, jax.random.fold_in(key, 2**32 - 2)), 0
     whole = jax.eval_shape(build, job.abstract, None)
     abstract = without_frozen(whole)
     shardings = state_shardings(abstract, mesh, job.rules)
@@ -184,6 +188,21 @@ def _start(job: Job, config: Any, mesh: Mesh, optimizer: Any, checkpoints: Any) 
             say("the model's files are not those that this run began with; its adapters may not fit")
         frozen = job.frozen_part(begin())
     return replace(restored.state, frozen=frozen), restored.step
+
+
+def _moved(job: Job, state: TrainState, mesh: Mesh, key: Array) -> TrainState:
+    """The state with the job's noise on its policy."""
+    if not job.start_noise:
+        return state
+    say(f"the policy starts with noise of {job.start_noise:g} of its parameters' deviation")
+
+    def noisy(params: PyTree, frozen: PyTree) -> PyTree:
+        moved = perturb(combine(params, frozen), key, job.start_noise, trainable=job.trainable)
+        return partition(moved, job.trainable)[0]
+
+    shardings = state_shardings(state, mesh, job.rules).params
+    params = jax.jit(noisy, donate_argnums=0, out_shardings=shardings)(state.params, state.frozen)
+    return replace(state, params=params)
 
 
 def _evaluator(job: Job, state: TrainState, mesh: Mesh) -> Callable[[TrainState], dict[str, float]] | None:

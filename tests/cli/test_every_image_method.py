@@ -100,6 +100,5 @@ def test_method_trains(slug, world, tmp_path):
     assert answer.code == 0, answer.err
     found = losses(out)
     assert len(found) == STEPS and all(map(math.isfinite, found))
-    # Inversion-DPO starts where its gradient is zero: nothing moves it from there.
-    assert slug == "inversion-dpo" or len(set(found)) > STEPS // 2
+    assert len(set(found)) > STEPS // 2  # a constant loss would have no gradient
     assert json.loads((out / "run.json").read_text())["method"] == slug

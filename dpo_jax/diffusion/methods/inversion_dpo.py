@@ -11,8 +11,10 @@ D is the divergence of the policy's steps from the reference's, up to factors. O
 log-ratio is -D, so the default sign is -1: the policy leaves the reference on the rejected image. The published code
 has +1. For other parameterisations the same difference of noises is written in theirs: 1 / (2 det^2) of their error.
 
-D is quadratic around the reference: at policy = reference the loss is log 2 and its gradient exactly zero. Training
-does not start there; perturb the policy (a part in a thousand is enough) or start from another checkpoint.
+D is quadratic around the reference: at policy = reference the loss is log 2 and its gradient exactly zero, so training
+does not start there. The published code starts because it rounds policy and reference differently. Here the policy gets
+noise of START_NOISE of its parameters' deviation (`perturb.perturb`; the command line does it), or is another
+checkpoint. Near the reference the gradient is linear in that distance.
 
 >>> import jax.numpy as jnp
 >>> out = inversion_dpo_loss(policy_chosen_error=jnp.array([0.001]), policy_rejected_error=jnp.array([0.002]))
@@ -31,6 +33,8 @@ from dpo_jax.diffusion.sampler import Guidance, guided
 from dpo_jax.diffusion.types import Predict
 from dpo_jax.ops import logistic_loss, require_positive
 from dpo_jax.types import Array, LossOutput, PyTree
+
+START_NOISE = 1e-3
 
 
 def inversion_dpo_inputs(

@@ -21,6 +21,7 @@ PUBLISHED = {"ps_score": "score", "pickscore": "score", "ps_label": "label"}
 # What Pick-a-Pic says of its rows besides; none of it is a number to learn from.
 BOOKKEEPING = {"has_label", "are_different", "ranking_id", "user_id", "num_example_per_prompt", "__index_level_0__"}
 LABELS = ("label_0", "label_1", "label", "ps_label_0", "ps_label_1")
+_OF_PAIRS = ("tie", "label_0", "label_1", "ps_label_0", "ps_label_1")
 _QUANTITY = re.compile(r"(?:.*_)?(label|score|pickscore|reward|margin|gap|weight|rating|tie)s?(_[01])?")
 
 
@@ -136,9 +137,9 @@ def columns_of_single(numbers: Mapping[str, Any]) -> dict[str, Any]:
     """Columns of one image, whose `label` (or `labels`) says whether it is liked and becomes `labels`.
 
     Raises:
-      Reason: labels that are neither true nor false, or two of them.
+      Reason: labels that are neither true nor false, or two of them, or of a pair.
     """
-    _refuse(numbers, ["tie"], "of a single image")
+    _refuse(numbers, _OF_PAIRS, "of a single image")
     given = [name for name in ("label", "labels") if name in numbers]
     if len(given) > 1:
         raise Reason("there is label beside labels; leave one of them out")
@@ -153,7 +154,7 @@ def columns_of_list(numbers: Mapping[str, Any], count: int) -> dict[str, Any]:
     Raises:
       Reason: scores that are not one number for each image, labels.
     """
-    _refuse(numbers, ("label", "labels", "tie"), "of a list; scores say how good its images are")
+    _refuse(numbers, (*_OF_PAIRS, "label", "labels"), "of a list; scores say how good its images are")
     scores = numbers.get("scores")
     if scores is not None and (not isinstance(scores, (list, tuple)) or len(scores) != count):
         given = len(scores) if isinstance(scores, (list, tuple)) else "no list of"
@@ -164,8 +165,12 @@ def columns_of_list(numbers: Mapping[str, Any], count: int) -> dict[str, Any]:
 
 
 def columns_of_patches(numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """Columns of a reference image and what was made of it."""
-    _refuse(numbers, ["tie"], "of entity and generated, which do not compete")
+    """Columns of a reference image and what was made of it.
+
+    Raises:
+      Reason: the label of a pair.
+    """
+    _refuse(numbers, _OF_PAIRS, "of entity and generated, which do not compete")
     return dict(numbers)
 
 

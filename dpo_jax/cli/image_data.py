@@ -1,12 +1,13 @@
 """From image files to the examples of a run: rows, forms, latents and text states in the cache, every loss reported."""
 
+import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache as cache_call
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import numpy as np
@@ -17,20 +18,22 @@ from dpo_jax.cli.catalogue import Method
 from dpo_jax.cli.console import UsageError, say
 from dpo_jax.cli.data import report_skipped
 from dpo_jax.cli.image_configs import ImageDataConfig
-from dpo_jax.cli.image_models import OpenPipeline, image_encoder, text_encoder
+from dpo_jax.cli.image_models import OpenPipeline, image_encoder
+from dpo_jax.cli.image_texts import lacking, open_t5, require_states, text_encoder, text_key
 from dpo_jax.diffusion.data.batches import ImageExample, steps_per_epoch
 from dpo_jax.diffusion.data.cache import Cache, Entry, content_key, fill
-from dpo_jax.diffusion.data.decoding import THREADS, SeenImage, check_images, load_image
+from dpo_jax.diffusion.data.decoding import THREADS, ImagesChecked, SeenImage, check_images, load_image
 from dpo_jax.diffusion.data.forms import FormError, to_form
 from dpo_jax.diffusion.data.images import Bucket, Framing, cut, frame, make_buckets, size_conditions
 from dpo_jax.diffusion.data.places import Place
-from dpo_jax.diffusion.data.rows import ImageRow, read_rows
+from dpo_jax.diffusion.data.rows import ImageRow, RowsRead, read_rows
+from dpo_jax.diffusion.data.t5_states import T5States
 from dpo_jax.rows import RowError
 from dpo_jax.sharding import data_shards
 
+T = TypeVar("T")
 Seen = Mapping[Place, SeenImage]
 
-T5_STATES = "t5_states"  # column of states that another program made of the caption, for models that read them
 _SAID_EVERY = 30.0  # seconds between two lines of progress
 
 
@@ -41,7 +44,8 @@ class PreparedImages:
     Attributes:
       train, held_out: examples, whose arrays are in the cache.
       cache: latents and text states.
-      empty: key of the empty caption.
+      empty: key of the empty caption, which stands for those that are dropped.
+      no_text: key of no text at all, what guidance leads away from.
       steps: optimizer steps of the run.
     """
 
@@ -49,6 +53,7 @@ class PreparedImages:
     held_out: list[ImageExample]
     cache: Cache
     empty: str
+    no_text: str
     steps: int
 
 
@@ -62,12 +67,10 @@ def read_image_rows(
       UsageError: files that do not exist, rows that cannot take the form.
       ValueError: no row is left.
     """
-    if missing := [path for path in paths if not Path(path).exists()]:
-        raise UsageError(f"no such file: {', '.join(missing)}")
-    read = read_rows(paths, on_bad_row=config.on_bad_row, ties=config.ties)
+    read = agreed(lambda: _read(paths, config))
     if read.ties:
         say(f"{len(read.ties)} pairs without a winner left out")
-    checked = check_images(read.rows, on_bad_row=config.on_bad_row)
+    checked = _check_images(read.rows, config)
     if skipped := [*read.skipped, *checked.skipped]:
         report_skipped(skipped, out)
     if not checked.rows:
@@ -82,6 +85,28 @@ def read_image_rows(
     return rows, {place: image for row, images in pairs for place, image in zip(row.images, images, strict=True)}
 
 
+def _read(paths: Sequence[str], config: ImageDataConfig) -> RowsRead:
+    if missing := [path for path in paths if not Path(path).exists()]:
+        raise UsageError(f"no such file: {', '.join(missing)}")
+    return read_rows(paths, on_bad_row=config.on_bad_row, ties=config.ties)
+
+
+def _check_images(rows: list[ImageRow], config: ImageDataConfig) -> ImagesChecked:
+    """`check_images`, of which each process does its share: decoding takes far longer than telling what was seen."""
+    host, hosts = jax.process_index(), jax.process_count()
+    digest = content_key(*[f"{row.number} {row.caption}" for row in rows])
+    if len(set(from_all(digest))) > 1:
+        raise UsageError("processes read other rows than process 0 does; --data must be the same files for all of them")
+    # One after another, so that the error of the first process is the one that a single process would raise.
+    share = rows[len(rows) * host // hosts : len(rows) * (host + 1) // hosts]
+    mine = agreed(lambda: check_images(share, on_bad_row=config.on_bad_row))
+    seen = from_all((mine.images, mine.skipped))
+    skipped = [row for _, some in seen for row in some]
+    bad = {(row.file, row.number) for row in skipped}
+    good = [row for row in rows if (row.file, row.number) not in bad]
+    return ImagesChecked(good, [images for some, _ in seen for images in some], skipped)
+
+
 def prepare_images(config: Any, method: Method, model: OpenPipeline, mesh: Mesh, out: Path) -> PreparedImages:
     """Examples with their latents and text states made, and the course of a training run.
 
@@ -91,6 +116,7 @@ def prepare_images(config: Any, method: Method, model: OpenPipeline, mesh: Mesh,
     """
     data, seed = config.data, config.loop.seed
     model_buckets(data, model)  # refused before the data is read
+    t5 = open_t5(model, data.t5_states)
     rows, seen = read_image_rows(data.data, data, method.form, out, seed)
     if data.eval_data:
         held, more = read_image_rows(data.eval_data, data, method.form, None, seed)
@@ -105,16 +131,16 @@ def prepare_images(config: Any, method: Method, model: OpenPipeline, mesh: Mesh,
     cache = Cache(data.cache or out / "cache")
     if cache.broken:
         say(f"{len(cache.broken)} broken files of {cache.folder} are passed over; what they held is made again")
-    examples, empty = encode_rows([*train, *held], seen, method.columns, data, model, mesh, cache)
+    encoded = encode_rows([*train, *held], seen, method.columns, data, model, mesh, cache, t5)
     size = config.loop.batch_size
-    train_examples, held_examples = examples[: len(train)], examples[len(train) :]
+    train_examples, held_examples = encoded.examples[: len(train)], encoded.examples[len(train) :]
     steps = config.loop.steps or max(1, round(config.loop.epochs * steps_per_epoch(train_examples, size)))
     shapes = sorted({example.bucket for example in train_examples})
     say(
         f"{len(train)} rows of {method.form} to train on, {len(held)} held out; {steps} steps of {size}, "
         f"images of {', '.join(f'{height} x {width}' for height, width in shapes)}"
     )
-    return PreparedImages(train_examples, held_examples, cache, empty, steps)
+    return PreparedImages(train_examples, held_examples, cache, encoded.empty, encoded.no_text, steps)
 
 
 def check_columns(method: Method, rows: Sequence[ImageRow]) -> None:
@@ -125,7 +151,7 @@ def check_columns(method: Method, rows: Sequence[ImageRow]) -> None:
             f"{method.slug} needs the columns {', '.join(missing)}, and the rows have "
             f"{', '.join(sorted(first.columns)) or 'none'}; give each row a number (or numbers) of that name"
         )
-    for name in [*method.columns, *([T5_STATES] if T5_STATES in first.columns else [])]:
+    for name in method.columns:
         shapes = []
         for row in rows:
             try:
@@ -140,6 +166,14 @@ def check_columns(method: Method, rows: Sequence[ImageRow]) -> None:
                 raise RowError(row.file, row.number, f"{reason}{list(np.shape(first.columns[name]))}")
 
 
+class EncodedRows(NamedTuple):
+    """Examples of rows, and the keys of the empty caption and of no text at all."""
+
+    examples: list[ImageExample]
+    empty: str
+    no_text: str
+
+
 def encode_rows(
     rows: Sequence[ImageRow],
     seen: Seen,
@@ -148,13 +182,19 @@ def encode_rows(
     model: OpenPipeline,
     mesh: Mesh,
     cache: Cache,
-) -> tuple[list[ImageExample], str]:
-    """Examples of rows, their latents and text states in the cache; and the key of the empty caption.
+    t5: T5States | None = None,
+) -> EncodedRows:
+    """Examples of rows, their latents and text states in the cache.
 
     Args:
       seen: sizes and contents of the images.
       columns: names of those that examples keep.
+      t5: states of all captions and of the empty text, for a model that reads a T5.
+
+    Raises:
+      RowError: a caption without states; UsageError: the empty text without states.
     """
+    texts = agreed(lambda: _text_keys(rows, model, t5))
     buckets, fingerprint = model_buckets(config, model), model.image_fingerprint()
     framings: list[Framing] = []
     jobs: list[tuple[int, int]] = []  # row, image
@@ -181,14 +221,19 @@ def encode_rows(
     with ThreadPoolExecutor(THREADS) as pool:
 
         def maker(bucket_jobs: list[int]) -> Callable[[list[int]], Sequence[Entry]]:
-            return lambda places: encoder()(np.stack(list(pool.map(pixels, (bucket_jobs[place] for place in places)))))
+            def make(places: list[int]) -> Sequence[Entry]:
+                # Encoding is done by all processes together: one that cannot read its images must not leave them to it.
+                images = agreed(lambda: list(pool.map(pixels, (bucket_jobs[place] for place in places))))
+                return encoder()(np.stack(images))
+
+            return make
 
         together = -(-config.encode_batch // data_shards(mesh)) * data_shards(mesh)
         for bucket, places in by_bucket.items():
             _fill(cache, [keys[place] for place in places], maker(places), together, f"latents of {tuple(bucket)}")
-    text_keys = _encode_texts(rows, model, cache, together)
+    _encode_texts(texts.by_key, model, t5, cache, together)
     examples, image_keys = [], iter(keys)
-    for row, framing, captions in zip(rows, framings, text_keys.of_rows, strict=True):
+    for row, framing, captions in zip(rows, framings, texts.of_rows, strict=True):
         examples.append(
             ImageExample(
                 images=tuple(next(image_keys) for _ in row.images),
@@ -199,7 +244,7 @@ def encode_rows(
                 frames=row.frames,
             )
         )
-    return of_one_length(examples), text_keys.empty
+    return EncodedRows(of_one_length(examples), texts.empty, texts.no_text)
 
 
 def of_one_length(examples: Sequence[ImageExample]) -> list[ImageExample]:
@@ -226,36 +271,73 @@ def of_one_length(examples: Sequence[ImageExample]) -> list[ImageExample]:
 
 
 class _TextKeys(NamedTuple):
-    """Keys of the captions of each row, and of the empty one."""
+    """Keys of the captions of each row, of the empty one and of no text at all; and what each key stands for."""
 
     of_rows: list[tuple[str, ...]]
     empty: str
+    no_text: str
+    by_key: dict[str, str | None]
 
 
-def _encode_texts(rows: Sequence[ImageRow], model: OpenPipeline, cache: Cache, together: int) -> _TextKeys:
-    """Text states of all captions in the cache, each text (with the T5 states that its row gives) once."""
-    fingerprint, texts, keys = model.text_fingerprint(), [], []
-    shape: tuple[int, ...] = ()
+def _text_keys(rows: Sequence[ImageRow], model: OpenPipeline, t5: T5States | None) -> _TextKeys:
+    """Keys of all texts, each text once; see `encode_rows`."""
+    fingerprint = model.text_fingerprint()
+    texts: dict[str, str | None] = {}
 
-    def key(text: str, t5: np.ndarray | None) -> str:
-        texts.append((text, t5))
-        keys.append(content_key(fingerprint, text, b"" if t5 is None else t5.tobytes()))
-        return keys[-1]
+    def key(text: str | None) -> str:
+        made = text_key(fingerprint, t5, text)
+        texts[made] = text
+        return made
 
     of_rows, several = [], any(row.captions for row in rows)
     for row in rows:
-        t5 = None if T5_STATES not in row.columns else np.asarray(row.columns[T5_STATES], np.float32)
-        shape = shape if t5 is None else t5.shape
         captions = row.captions or (row.caption,) * (len(row.images) if several else 1)
-        of_rows.append(tuple(key(caption, t5) for caption in captions))
-    empty = key("", np.zeros(shape, np.float32) if shape else None)
-    encoder = cache_call(lambda: text_encoder(model))
+        if missing := [caption for caption in captions if t5 is not None and caption not in t5]:
+            assert t5 is not None
+            raise RowError(row.file, row.number, lacking(t5, missing[0]))
+        of_rows.append(tuple(map(key, captions)))
+    require_states(t5, [""])
+    empty = key("")
+    return _TextKeys(of_rows, empty, key(None) if model.zeroes_no_text else empty, texts)
+
+
+def _encode_texts(
+    by_key: Mapping[str, str | None], model: OpenPipeline, t5: T5States | None, cache: Cache, together: int
+) -> None:
+    keys, texts = list(by_key), list(by_key.values())
+    encoder = cache_call(lambda: text_encoder(model, t5))
 
     def make(places: list[int]) -> Sequence[Entry]:
-        return encoder()(*zip(*(texts[place] for place in places)))
+        return encoder()([texts[place] for place in places])
 
     _fill(cache, keys, make, together, "text states")
-    return _TextKeys(of_rows, empty)
+
+
+def from_all(value: T) -> list[T]:
+    """A value of each process, which can be pickled, on every process; all of them must ask."""
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(pickle.dumps(value), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(data.size))
+    parts = multihost_utils.process_allgather(np.pad(data, (0, sizes.max() - data.size)))
+    return [pickle.loads(part[:size].tobytes()) for part, size in zip(parts, sizes)]
+
+
+def agreed(work: Callable[[], T]) -> T:
+    """What `work` makes on this process; where it fails on any of them, all raise the error of the first that failed.
+
+    Without it the others would wait for ever for the one that failed.
+    """
+    if jax.process_count() == 1:
+        return work()
+    made, error = None, None
+    try:
+        made = work()
+    except (UsageError, ValueError, OSError) as caught:
+        error = caught
+    if first := next(filter(None, from_all(error)), None):
+        raise first from error
+    return cast(T, made)
 
 
 def model_buckets(config: ImageDataConfig, model: OpenPipeline) -> tuple[Bucket, ...]:

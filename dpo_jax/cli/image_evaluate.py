@@ -13,6 +13,7 @@ from dpo_jax.cli.image_configs import ImageModelConfig
 from dpo_jax.cli.image_generate import conditions_of, load_with_adapter, read_prompts, require_adapter, write_images
 from dpo_jax.cli.image_models import open_images
 from dpo_jax.cli.image_sampling import ImageSampler, SamplingConfig, check_sampling
+from dpo_jax.cli.image_texts import open_t5, require_states
 from dpo_jax.cli.processes import is_first, join_processes
 from dpo_jax.diffusion.rewards.load import load_reward
 from dpo_jax.diffusion.rewards.scores import win_rate
@@ -38,6 +39,8 @@ class ImageEvaluateConfig:
     """Rewards, each of the folder in the same place of --reward-model."""
     reward_model: tuple[str, ...] = ()
     """Folders with the rewards' weights (safetensors)."""
+    t5_states: str | None = None
+    """File or folder of T5 states of the prompts and the negative prompt (`write_t5_states`), for SD3; else zeros."""
     samples: int = 1
     """Images of each prompt; diversity needs at least 2."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -82,8 +85,10 @@ def evaluate_images(config: ImageEvaluateConfig) -> None:
         if other.config != model.config:
             raise UsageError(f"{config.reference_model} has another shape than {config.model}")
         folders["reference"] = (other, None)
+    t5 = open_t5(model, config.t5_states)
+    require_states(t5, [*prompts, config.sampling.negative_prompt])
     sampler = ImageSampler(model, config.sampling, mesh, batch_size=config.batch_size)
-    conditions, empty = conditions_of(model, prompts, config.sampling)
+    conditions, empty = conditions_of(model, prompts, config.sampling, t5)
     repeated = [condition for condition in conditions for _ in range(config.samples)]
     images: dict[str, np.ndarray] = {}
     for name, (opened, adapter) in folders.items():

@@ -16,10 +16,12 @@ from dpo_jax.cli.checks import check_ranges, mesh_of
 from dpo_jax.cli.configs import MeshConfig
 from dpo_jax.cli.console import OutputConfig, UsageError, result
 from dpo_jax.cli.image_configs import ImageModelConfig
-from dpo_jax.cli.image_models import OpenPipeline, open_images, text_encoder
+from dpo_jax.cli.image_models import OpenPipeline, open_images
 from dpo_jax.cli.image_sampling import ImageSampler, SamplingConfig, check_sampling, grid_of
+from dpo_jax.cli.image_texts import open_t5, require_states, text_encoder
 from dpo_jax.cli.processes import is_first, join_processes
 from dpo_jax.diffusion.data.parsing import CAPTION_KEYS
+from dpo_jax.diffusion.data.t5_states import T5States
 from dpo_jax.diffusion.models.adapters import load_adapter
 from dpo_jax.diffusion.models.folder import denoiser_name
 from dpo_jax.diffusion.types import TextCondition
@@ -44,6 +46,8 @@ class ImageGenerateConfig:
     """File or folder of an adapter in diffusers' naming, which is merged into the model."""
     negative_model: str | None = None
     """Another pipeline of the same shape whose denoiser serves the negative branch of guidance (arXiv 2505.11245)."""
+    t5_states: str | None = None
+    """File or folder of T5 states of the prompts and the negative prompt (`write_t5_states`), for SD3; else zeros."""
     samples: int = 1
     """Images of each prompt."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -81,10 +85,12 @@ def generate_images(config: ImageGenerateConfig) -> None:
         other = open_images(config.negative_model, options)
         if other.config != model.config:
             raise UsageError(f"{config.negative_model} has another shape than {config.model}")
+    t5 = open_t5(model, config.t5_states)
     sampler = ImageSampler(model, config.sampling, mesh, batch_size=config.batch_size, two_networks=other is not None)
+    require_states(t5, [*prompts, config.sampling.negative_prompt])
     variables = load_with_adapter(model, config.adapter, mesh)
     negative = None if other is None else other.load(mesh)
-    conditions, empty = conditions_of(model, prompts, config.sampling)
+    conditions, empty = conditions_of(model, prompts, config.sampling, t5)
     begun = time.perf_counter()
     repeated = [condition for condition in conditions for _ in range(config.samples)]
     # Numbered by sample, so that a prompt's images do not depend on the prompts before it.
@@ -137,20 +143,20 @@ def read_prompts(paths: Sequence[str]) -> list[str]:
 
 
 def conditions_of(
-    model: OpenPipeline, prompts: Sequence[str], config: SamplingConfig
+    model: OpenPipeline, prompts: Sequence[str], config: SamplingConfig, t5: T5States | None = None
 ) -> tuple[list[TextCondition], TextCondition]:
-    """Conditions of prompts and of the negative prompt, leaves [1, ...]."""
-    encode = text_encoder(model)
+    """Conditions of prompts and of the negative prompt (no text at all if it is empty), leaves [1, ...]."""
+    encode, negative = text_encoder(model, t5), config.negative_prompt or None
     height, width = (config.height or model.resolution, config.width or model.resolution)
     sizes = np.array([[height, width, 0, 0, height, width]], np.float32) if model.wants_sizes else None
-    unique = list(dict.fromkeys([*prompts, config.negative_prompt]))
-    said = {}
+    unique = list(dict.fromkeys([*prompts, negative]))
+    said: dict[str | None, TextCondition] = {}
     for start in range(0, len(unique), 16):
         some = unique[start : start + 16]
-        for text, entry in zip(some, encode(some, [None] * len(some))):
+        for text, entry in zip(some, encode(some)):
             pooled = entry["pooled"][None] if "pooled" in entry else None
             said[text] = TextCondition(entry["states"][None], pooled, sizes)
-    return [said[prompt] for prompt in prompts], said[config.negative_prompt]
+    return [said[prompt] for prompt in prompts], said[negative]
 
 
 def write_images(out: Path, prompts: Sequence[str], images: np.ndarray, samples: int, seed: int) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,13 @@ from dpo_jax.diffusion.models.folder import (
     denoiser_name,
     load_autoencoder,
     load_denoiser,
-    load_encoders,
     open_pipeline,
     predict_function,
 )
 from dpo_jax.diffusion.models.mmdit import MMDiTConfig
-from dpo_jax.diffusion.models.text import empty_text, encode_text
 from dpo_jax.diffusion.models.vae import autoencoder_function, from_latents, to_latents
 from dpo_jax.diffusion.process import Process
-from dpo_jax.diffusion.types import TextCondition
-from dpo_jax.sharding import BATCH_AXES, P, Rules, make_mesh, shard_batch
+from dpo_jax.sharding import BATCH_AXES, P, Rules, shard_batch
 from dpo_jax.types import Array, PyTree
 
 Entries = list[dict[str, np.ndarray]]
@@ -96,6 +93,16 @@ class OpenPipeline:
     def wants_sizes(self) -> bool:
         """Whether the model is told the sizes of images (SDXL)."""
         return self.pipeline.kind == "sdxl"
+
+    @property
+    def t5_width(self) -> int | None:
+        """Of the states of a T5 that the model reads beside those of its encoders (SD3), or None."""
+        return self.config.joint_attention_dim if isinstance(self.config, MMDiTConfig) else None
+
+    @property
+    def zeroes_no_text(self) -> bool:
+        """Whether zeros stand for no text at all, and not the states of the empty text (SDXL)."""
+        return self.pipeline.zero_empty
 
     def load(self, mesh: Mesh) -> PyTree:
         """The denoiser's variables, read straight into their layout on the mesh."""
@@ -167,35 +174,6 @@ def image_encoder(model: OpenPipeline, mesh: Mesh) -> Callable[[np.ndarray], Ent
         return [{"latents": x, "spread": s} for x, s in zip(latents, spread)]
 
     return encode
-
-
-def text_encoder(model: OpenPipeline) -> Callable[[Sequence[str], Sequence[np.ndarray | None]], Entries]:
-    """`encode(texts, t5 states)` gives the cache's entries of texts, on this process's first device."""
-    pipeline = model.pipeline
-    encoders = load_encoders(pipeline, mesh=make_mesh(devices=jax.local_devices()[:1]))
-
-    def encode(texts: Sequence[str], t5: Sequence[np.ndarray | None]) -> Entries:
-        if pipeline.kind == "sd3":
-            given = None if t5[0] is None else np.stack([np.asarray(states, np.float32) for states in t5])
-            return entries(encode_text(pipeline, encoders, list(texts), t5_states=given))
-        said = entries(encode_text(pipeline, encoders, list(texts)))
-        empty = entries(empty_text(pipeline, encoders)) if "" in texts else said
-        return [empty[0] if text == "" else entry for text, entry in zip(texts, said)]
-
-    def entries(said: TextCondition) -> Entries:
-        named = {"states": said.states, "pooled": said.pooled}
-        arrays = {name: np.asarray(array) for name, array in named.items() if array is not None}
-        return [{name: array[place] for name, array in arrays.items()} for place in range(len(said.states))]
-
-    return encode
-
-
-def empty_condition_of(entry: dict[str, np.ndarray], model: OpenPipeline) -> TextCondition:
-    """The empty caption's condition, leaves [1, ...], as a process keeps it."""
-    side = float(model.resolution)
-    sizes = np.array([[side, side, 0, 0, side, side]], np.float32) if model.wants_sizes else None
-    pooled = None if "pooled" not in entry else jnp.asarray(entry["pooled"])[None]
-    return TextCondition(jnp.asarray(entry["states"])[None], pooled, sizes)
 
 
 def image_decoder(model: OpenPipeline, mesh: Mesh) -> Callable[[Array], Array]:

@@ -32,8 +32,8 @@ def model(monkeypatch) -> Any:
 
         return encode
 
-    def text_encoder(model):
-        def encode(texts, t5):
+    def text_encoder(model, t5):
+        def encode(texts):
             made.extend(texts)
             return [{"states": np.full((1, 1), len(text), np.float32)} for text in texts]
 
@@ -47,6 +47,7 @@ def model(monkeypatch) -> Any:
         resolution=16,
         size_step=4,
         wants_sizes=True,
+        zeroes_no_text=False,
         made=made,
     )
 
@@ -57,9 +58,9 @@ def encoded(model, folder, form, *, cache=None, columns=(), **options):
     rows, seen = read_image_rows([str(folder)], config, form, None, 0)
     cache = Cache(folder / "cache") if cache is None else cache
     mesh = make_mesh(devices=jax.devices()[:1])
-    examples, empty = encode_rows(rows, seen, columns, config, model, mesh, cache)
-    assert empty in cache
-    return examples, cache
+    encoded = encode_rows(rows, seen, columns, config, model, mesh, cache)
+    assert encoded.empty in cache and encoded.no_text == encoded.empty
+    return encoded.examples, cache
 
 
 def test_every_image_is_decoded_once_to_check_and_once_to_encode(model, tmp_path, monkeypatch):

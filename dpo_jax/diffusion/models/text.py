@@ -4,7 +4,8 @@
     sdxl    [B, 77, 768 + 1280]  the last states but one of both encoders; pooled of the second; sizes
     sd3     [B, 77 + L, 4096]    the same filled up with zeros, then L states of a T5; pooled of both
 
-SD3's T5 is not run here: its states are columns that were made once, or zeros as for a pipeline without it.
+SD3's T5 is not run here: its states were made once by another program (`dpo_jax.diffusion.data.t5_states`), or are
+zeros as for a pipeline without it.
 """
 
 from collections.abc import Callable, Sequence
@@ -94,7 +95,7 @@ def encode_text(
 
 
 def empty_text(pipeline: Pipeline, encoders: Sequence[PyTree], **options) -> TextCondition:
-    """The condition of the empty prompt, leaves [1, ...]; zeros where the pipeline says so (SDXL).
+    """What guidance leads away from without a negative prompt, leaves [1, ...]: the empty text, or zeros (SDXL).
 
     Args:
       options: of `encode_text`.

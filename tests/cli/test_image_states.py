@@ -1,0 +1,134 @@
+"""What models are told besides CLIP's states: a T5's of SD3 from files, and SDXL's two empty prompts."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_images import change_rows, make_tiny_images, train_images
+from tiny_runs import command
+
+from dpo_jax.cli import image_evaluate, image_generate, image_train
+from dpo_jax.cli.image_configs import ImageDataConfig, ImageModelConfig
+from dpo_jax.cli.image_data import encode_rows, read_image_rows
+from dpo_jax.cli.image_models import open_images
+from dpo_jax.diffusion.data.cache import Cache
+from dpo_jax.diffusion.data.t5_states import open_t5_states, write_t5_states
+from dpo_jax.sharding import make_mesh
+
+PROMPT, OTHER = "a red circle", "a blue square"
+LENGTH, WIDTH, LENGTH_OF_CLIP = 5, 24, 12
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    for module in (image_train, image_generate, image_evaluate):
+        monkeypatch.setattr(module, "mesh_of", lambda config: make_mesh(devices=jax.devices()[:1]))
+
+
+@pytest.fixture(scope="module")
+def sd3(tmp_path_factory):
+    return make_tiny_images(tmp_path_factory.mktemp("sd3"), "sd3")
+
+
+def captions(rows):
+    return [json.loads(line)["caption"] for line in (rows / "metadata.jsonl").read_text().splitlines()]
+
+
+def states_of(text, seed=0):
+    """Of a text alone, so that two texts differ."""
+    return np.random.default_rng([seed, *text.encode()]).normal(size=(LENGTH, WIDTH)).astype(np.float16)
+
+
+def write_states(folder, texts, seed=0):
+    write_t5_states(folder, ((text, states_of(text, seed)) for text in dict.fromkeys(texts)))
+    return folder
+
+
+def images_of(model, out, *words):
+    given = ("--prompt", PROMPT, OTHER, "--sampling-steps", 2, "--guidance", 2.0, "--json", *words)
+    answer = command("generate", "--model", model, "--out", out, *given)
+    assert answer.code == 0, answer.err
+    return np.stack([np.asarray(Image.open(path)).astype(int) for path in sorted(out.glob("0*.png"))]), answer.err
+
+
+def assert_refused(answer, code, *words):
+    assert answer.code == code and "Traceback" not in answer.err, answer.err
+    for word in words:
+        assert word in answer.err.strip().splitlines()[-1], answer.err
+
+
+@pytest.mark.slow
+def test_states_of_a_t5_are_read_by_train_generate_and_evaluate(sd3, tmp_path):
+    given = write_states(tmp_path / "t5", ["", PROMPT, OTHER, *captions(sd3.rows)])
+    words = ("--held-out", 0, "--caption-dropout", 0.3)
+    told = train_images(sd3, tmp_path / "told", *words, "--t5-states", given, steps=2)
+    assert told.code == 0 and "zeros" not in told.err, told.err
+    cache = Cache(tmp_path / "told" / "cache")
+    kept = [entry["states"][LENGTH_OF_CLIP:] for entry in cache.values() if "states" in entry]
+    texts = {"", *captions(sd3.rows)}
+    assert len(kept) == len(texts)
+    assert all(any((states_of(text) == states).all() for states in kept) for text in texts)
+    model = tmp_path / "told" / "export"
+    without, said = images_of(model, tmp_path / "without")
+    assert said.count("reads a T5, and has none: zeros stand for them") == 1
+    first, said = images_of(model, tmp_path / "first", "--t5-states", given)
+    assert "zeros" not in said
+    assert min(np.abs(a - b).max() for a, b in zip(first, without)) > 3
+    # Each prompt reads its own states: another text's leave it as it is, whatever they are.
+    changed = tmp_path / "changed"
+    write_t5_states(changed, [(text, states_of(text, int(text == OTHER))) for text in ("", PROMPT, OTHER)])
+    second, _ = images_of(model, tmp_path / "second", "--t5-states", changed)
+    assert np.abs(first[0] - second[0]).max() <= 1 and np.abs(first[1] - second[1]).max() > 3
+    write_t5_states(tmp_path / "empty", [(text, states_of(text, int(not text))) for text in ("", PROMPT, OTHER)])
+    third, _ = images_of(model, tmp_path / "third", "--t5-states", tmp_path / "empty")
+    assert min(np.abs(a - b).max() for a, b in zip(first, third)) > 3  # guidance leads away from the empty text
+    judged = ("evaluate", "--model", model, "--prompt", PROMPT, OTHER, "--samples", 2, "--sampling-steps", 2, "--json")
+    values = [command(*judged, *more) for more in ((), ("--t5-states", given))]
+    assert all(answer.code == 0 for answer in values), values[1].err
+    assert values[0].result["model_diversity"] != values[1].result["model_diversity"]
+
+
+def test_both_captions_of_a_row_have_their_own_states(sd3, tmp_path):
+    def own(number, row):
+        return {**row, "chosen_caption": PROMPT, "rejected_caption": OTHER} if number == 1 else row
+
+    given = open_t5_states(write_states(tmp_path / "t5", ["", PROMPT, OTHER, *captions(sd3.rows)]))
+    model, config = open_images(str(sd3.model), ImageModelConfig()), ImageDataConfig(encode_batch=8)
+    rows, seen = read_image_rows([str(change_rows(sd3.rows, own))], config, "pairs", None, 0)
+    mesh, cache = make_mesh(devices=jax.devices()[:1]), Cache(tmp_path / "cache")
+    encoded = encode_rows(rows, seen, (), config, model, mesh, cache, given)
+    for row, example in zip(rows, encoded.examples, strict=True):
+        expected = [states_of(text) for text in row.captions or (row.caption,) * 2]
+        found = [cache[key]["states"][LENGTH_OF_CLIP:] for key in example.captions]
+        np.testing.assert_array_equal(found, expected)
+    assert rows[1].captions == (PROMPT, OTHER)
+    assert encoded.empty == encoded.no_text
+    np.testing.assert_array_equal(cache[encoded.empty]["states"][LENGTH_OF_CLIP:], states_of(""))
+
+
+@pytest.mark.slow
+def test_texts_without_states_are_named(sd3, tmp_path):
+    texts = captions(sd3.rows)
+    some = write_states(tmp_path / "some", ["", *(text for text in texts if text != texts[2])])
+    words = ("--held-out", 0, "--no-export", "--t5-states")
+    number = 1 + texts.index(texts[2])
+    refused = train_images(sd3, tmp_path / "a", *words, some, steps=1)
+    assert_refused(refused, 1, f"metadata.jsonl, row {number}: --t5-states {some} has no states of the text", texts[2])
+    whole = write_states(tmp_path / "whole", texts)
+    assert_refused(train_images(sd3, tmp_path / "b", *words, whole, steps=1), 2, "has no states of the text ''")
+    for name in ("generate", "evaluate"):
+        given = (name, "--model", sd3.model, "--prompt", "never seen", "--samples", 2, "--t5-states", whole)
+        out = ("--out", tmp_path / "o")
+        assert_refused(command(*given, *out), 2, "has no states of the text 'never seen'")
+    assert not (tmp_path / "o").exists()
+
+
+def test_states_that_do_not_fit(sd3, tmp_path):
+    given = ("generate", "--model", sd3.model, "--prompt", PROMPT, "--out", tmp_path / "o", "--t5-states")
+    assert_refused(command(*given, tmp_path / "none"), 2, f"--t5-states {tmp_path / 'none'}: no such file")
+    write_t5_states(tmp_path / "wide", [("", np.ones((LENGTH, 7), np.float16))])
+    assert_refused(command(*given, tmp_path / "wide"), 2, "states of 7 numbers; the model reads 24")
+    (tmp_path / "bare").mkdir()
+    assert_refused(command(*given, tmp_path / "bare"), 1, f"{tmp_path / 'bare'} has no states")

@@ -3,10 +3,12 @@
 A check takes a loss and the wing's two functions: `make_inputs(loss, seed=...)` and `run(loss, inputs)`.
 """
 
+import doctest
 import functools
 import importlib
 import inspect
 import pkgutil
+import subprocess
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -29,15 +31,35 @@ GARBAGE = np.array([np.nan, np.inf, -np.inf, 1e30], np.float32)
 TOLERANCE: dict[str, Any] = dict(rtol=1e-5, atol=1e-6)  # two float32 evaluations of one formula in another order
 
 
+def modules_of(methods: ModuleType) -> list[str]:
+    return [info.name for info in pkgutil.iter_modules(methods.__path__, methods.__name__ + ".")]
+
+
 def losses_of(methods: ModuleType) -> dict[str, Loss]:
     """`module.name` -> every public `*_loss` defined in a module of a package."""
     found = {}
-    for info in pkgutil.iter_modules(methods.__path__, methods.__name__ + "."):
-        module = importlib.import_module(info.name)
+    for path in modules_of(methods):
+        module = importlib.import_module(path)
         for name, value in inspect.getmembers(module, inspect.isfunction):
             if name.endswith("_loss") and not name.startswith("_") and value.__module__ == module.__name__:
-                found[f"{info.name.rpartition('.')[2]}.{name}"] = value
+                found[f"{path.rpartition('.')[2]}.{name}"] = value
     return found
+
+
+def assert_examples_hold(name: str, losses: dict[str, Loss]) -> None:
+    """The doctests of a module of methods, which has some if it has a loss."""
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.failed == 0
+    if any(loss.__module__ == name for loss in losses.values()):
+        assert result.attempted > 0, "a card shows at least one small exact example"
+
+
+def assert_loads_only_jax_and_chex(statement: str) -> None:
+    """An import in a process of its own brings none of the heavy libraries."""
+    heavy = ("flax", "optax", "orbax", "transformers", "datasets", "grain", "tyro", "matplotlib", "torch", "PIL")
+    code = f"import sys; {statement}; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == "[]"
 
 
 def as_32_bits(inputs: Arrays) -> Arrays:

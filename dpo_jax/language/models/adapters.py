@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
 from dpo_jax.keys import WeightsError, read_object
@@ -25,6 +24,7 @@ from dpo_jax.lora import MAGNITUDE, SCALE, A, B, adapter_sites, scale_divisor, w
 from dpo_jax.peft import ALPHA, CONFIG_FILE, ENDS, PREFIX, RANK, WEIGHTS_FILE, check_options, read_tensors
 from dpo_jax.tree import named_leaves
 from dpo_jax.types import PyTree
+from dpo_jax.weights import on_host
 
 _SCORE = "score/weight"
 _SHOWN = 8  # names that an error lists
@@ -218,7 +218,8 @@ def save_adapter(
     for name, leaf in named_leaves(learned).items():
         if name != _SCORE:
             raise WeightsError(f"{name} was trained whole; an adapter's folder holds a reward model's head only")
-        tensors[PREFIX + weight_table(config)[name].name] = np.ascontiguousarray(_on_host(leaf).astype(np.float32))
+        head = on_host(jnp.asarray(leaf)).astype(np.float32)
+        tensors[PREFIX + weight_table(config)[name].name] = np.ascontiguousarray(head)
     options = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if config.reward else "CAUSAL_LM",
@@ -242,14 +243,8 @@ def save_adapter(
         (folder / CONFIG_FILE).write_text(json.dumps(options, indent=1) + "\n")
 
 
-def _on_host(array: Any) -> np.ndarray:
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-    return np.asarray(array)
-
-
 def _on_hosts(site: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    return {kind: _on_host(leaf) for kind, leaf in site.items()}
+    return {kind: on_host(jnp.asarray(leaf)) for kind, leaf in site.items()}
 
 
 def _alpha(scale: np.float32, divisor: float) -> float:

@@ -1,11 +1,5 @@
 """Every public loss of the diffusion wing passes the same contract; broken ones fail it."""
 
-import doctest
-import importlib
-import pkgutil
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +19,7 @@ from diffusion_contract import (
     check_signature,
     find_losses,
 )
+from loss_contract import assert_examples_hold, assert_loads_only_jax_and_chex, modules_of
 
 import dpo_jax.diffusion.methods as methods
 from dpo_jax.diffusion.errors import Inputs, noised_inputs
@@ -35,7 +30,7 @@ from dpo_jax.ops import batch_mean, logistic_loss
 from dpo_jax.types import Array, LossOutput, PyTree
 
 LOSSES = find_losses()
-MODULES = [info.name for info in pkgutil.iter_modules(methods.__path__, methods.__name__ + ".")]
+MODULES = modules_of(methods)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
@@ -54,20 +49,11 @@ def test_every_loss_is_exported_under_a_name_of_its_own():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_doctests_of_the_card(name):
-    result = doctest.testmod(importlib.import_module(name))
-    assert result.failed == 0
-    if any(loss.__module__ == name for loss in LOSSES.values()):
-        assert result.attempted > 0, "a card shows at least one small exact example"
+    assert_examples_hold(name, LOSSES)
 
 
 def test_losses_load_only_jax_and_chex():
-    heavy = "('flax', 'optax', 'orbax', 'transformers', 'datasets', 'grain', 'tyro', 'matplotlib', 'torch', 'PIL')"
-    code = (
-        "import sys, dpo_jax.diffusion.methods; from dpo_jax.diffusion.methods import diffusion_dpo_loss;"
-        f"print([m for m in {heavy} if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.strip() == "[]"
+    assert_loads_only_jax_and_chex("from dpo_jax.diffusion.methods import diffusion_dpo_loss")
 
 
 # What the batch gives

@@ -52,6 +52,7 @@ _RANGES = {
     "offset_noise": (0, float("inf")),
     "resolution": (1, float("inf")),
     "encode_batch": (1, float("inf")),
+    "max_pixels": (1, float("inf")),
     "samples": (1, float("inf")),
     "sampling_steps": (1, float("inf")),
     "guidance": (0, float("inf")),

@@ -6,6 +6,7 @@ from typing import Literal
 from dpo_jax.cli.catalogue import Method, options_class
 from dpo_jax.cli.configs import LoopConfig, MeshConfig
 from dpo_jax.cli.console import OutputConfig
+from dpo_jax.diffusion.data.images import MAX_PIXELS, OnMode
 from dpo_jax.optimizers import OptimizerConfig
 
 ATTENTION = r".*/to_(q|k|v|out/0)/kernel"
@@ -58,6 +59,10 @@ class ImageDataConfig:
     """Share of the rows (or, from 1 on, their number) that is held out for evaluation; 0 holds out none."""
     on_bad_row: Literal["error", "skip"] = "skip"
     """Stop at the first bad row or image, or list them in the run's folder and go on."""
+    on_mode: OnMode = "convert"
+    """Images that are not plain 8-bit RGB or grey (palettes, CMYK, 16 bits, transparency): made RGB, or bad rows."""
+    max_pixels: int = MAX_PIXELS
+    """Larger images are bad rows, before they are decoded: a small file may hold a picture that fills the memory."""
     ties: Literal["drop", "keep"] = "drop"
     """Pairs without a winner: left out, or kept and marked by the column `tie`."""
     resolution: int | None = None

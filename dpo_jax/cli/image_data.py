@@ -25,8 +25,9 @@ from dpo_jax.diffusion.data.cache import Cache, Entry, content_key, fill
 from dpo_jax.diffusion.data.decoding import THREADS, ImagesChecked, SeenImage, check_images, load_image
 from dpo_jax.diffusion.data.forms import FormError, to_form
 from dpo_jax.diffusion.data.images import Bucket, Framing, cut, frame, make_buckets, size_conditions
+from dpo_jax.diffusion.data.parsing import ImageRow
 from dpo_jax.diffusion.data.places import Place
-from dpo_jax.diffusion.data.rows import ImageRow, RowsRead, read_rows
+from dpo_jax.diffusion.data.rows import RowsRead, read_rows
 from dpo_jax.diffusion.data.t5_states import T5States
 from dpo_jax.rows import RowError
 from dpo_jax.sharding import data_shards
@@ -99,12 +100,16 @@ def _check_images(rows: list[ImageRow], config: ImageDataConfig) -> ImagesChecke
         raise UsageError("processes read other rows than process 0 does; --data must be the same files for all of them")
     # One after another, so that the error of the first process is the one that a single process would raise.
     share = rows[len(rows) * host // hosts : len(rows) * (host + 1) // hosts]
-    mine = agreed(lambda: check_images(share, on_bad_row=config.on_bad_row))
+    mine = agreed(lambda: check_images(share, on_bad_row=config.on_bad_row, **_decode_options(config)))
     seen = from_all((mine.images, mine.skipped))
     skipped = [row for _, some in seen for row in some]
     bad = {(row.file, row.number) for row in skipped}
     good = [row for row in rows if (row.file, row.number) not in bad]
     return ImagesChecked(good, [images for some, _ in seen for images in some], skipped)
+
+
+def _decode_options(config: ImageDataConfig) -> dict[str, Any]:
+    return {"on_mode": config.on_mode, "max_pixels": config.max_pixels}
 
 
 def prepare_images(config: Any, method: Method, model: OpenPipeline, mesh: Mesh, out: Path) -> PreparedImages:
@@ -216,7 +221,7 @@ def encode_rows(
 
     def pixels(job: int) -> np.ndarray:
         number, place = jobs[job]
-        return cut(load_image(rows[number], place), framings[number], place)
+        return cut(load_image(rows[number], place, **_decode_options(config)), framings[number], place)
 
     with ThreadPoolExecutor(THREADS) as pool:
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 from tiny_images import change_rows, make_image_folder
 from tiny_pipelines import make_tiny_pipeline
 from tiny_runs import command
@@ -73,6 +74,7 @@ def test_methods_that_learn_from_their_own_samples(tmp_path, method):
         ("diffusion-dpo", "--offset-noise -1", "--offset-noise is -1"),
         ("diffusion-dpo", "--encode-batch 0", "--encode-batch is 0"),
         ("diffusion-dpo", "--resolution 0", "--resolution is 0"),
+        ("diffusion-dpo", "--max-pixels 0", "--max-pixels is 0"),
         ("diffusion-dpo", "--learning-rate 0", "--learning-rate is 0"),
         ("diffusion-dpo", "--ema-decay 1", "--ema-decay is 1"),
         ("diffusion-dpo", "--optimizer lion --epsilon 1e-6", "--epsilon has no effect with --optimizer lion"),
@@ -158,6 +160,34 @@ def test_bad_rows_are_listed_or_stop_the_run(model, pairs, tmp_path):
     assert json.loads(listed)["number"] == 3
     rows = change_rows(pairs, lambda number, row: {**row, "chosen": "broken.png"})
     assert_refused(train(model, rows, tmp_path / "c"), "no good row is left", code=FAILURE)
+
+
+def test_images_of_a_wrong_mode_are_converted_or_refused(model, pairs, tmp_path):
+    Image.new("RGBA", (16, 16), (9, 9, 9, 100)).save(pairs / "clear.png")
+    rows = change_rows(pairs, lambda number, row: {**row, "rejected": "clear.png"} if number == 1 else row)
+    words = ("--held-out", 9.0)  # leaves no row, which is said after all images have been looked at
+    assert_refused(train(model, rows, tmp_path / "a", *words), "leaves none of the 4 rows", code=FAILURE)
+    answer = train(model, rows, tmp_path / "b", *words, "--on-mode", "error")
+    assert_refused(answer, "leaves none of the 3 rows", code=FAILURE)
+    answer = train(model, rows, tmp_path / "c", "--on-mode", "error", "--on-bad-row", "error")
+    assert_refused(answer, "row 2: rejected image: the image has mode RGBA with transparency", code=FAILURE)
+
+
+def test_the_limit_of_pixels_is_an_option(model, pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # of Pillow, which the option goes above
+    answer = train(model, pairs, tmp_path / "a", "--max-pixels", 255, "--on-bad-row", "error")
+    assert_refused(answer, "row 1: chosen image: ", "16 x 16, more than 255 pixels (max_pixels)", code=FAILURE)
+    answer = train(model, pairs, tmp_path / "b", "--max-pixels", 256, "--held-out", 9.0)
+    assert_refused(answer, "leaves none of the 4 rows", code=FAILURE)
+    large = tmp_path / "large"
+    large.mkdir()
+    Image.new("L", (8400, 8000)).save(large / "a.png")  # above the limit that holds by default
+    Image.new("L", (16, 16), 7).save(large / "b.png")
+    (large / "metadata.jsonl").write_text('{"caption": "c", "chosen": "a.png", "rejected": "b.png"}\n')
+    answer = train(model, large, tmp_path / "c", "--on-bad-row", "error")
+    assert_refused(answer, "8400 x 8000, more than 67108864 pixels", code=FAILURE)
+    answer = train(model, large, tmp_path / "d", "--max-pixels", 8400 * 8000, "--held-out", 9.0)
+    assert_refused(answer, "leaves none of the 1 rows", code=FAILURE)
 
 
 @pytest.mark.parametrize(

@@ -42,9 +42,9 @@ def load_images(row: ImageRow, *, on_mode: OnMode = "convert", max_pixels: int =
     return _of_images(row, partial(decode, on_mode=on_mode, max_pixels=max_pixels))
 
 
-def load_image(row: ImageRow, number: int) -> np.ndarray:
+def load_image(row: ImageRow, number: int, *, on_mode: OnMode = "convert", max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Image `number` of a row alone, as `load_images`."""
-    return _of_images(row, decode, [number])[0]
+    return _of_images(row, partial(decode, on_mode=on_mode, max_pixels=max_pixels), [number])[0]
 
 
 def _of_images(row: ImageRow, work: Callable[[Place], T], numbers: Sequence[int] | None = None) -> tuple[T, ...]:

@@ -73,6 +73,8 @@ def decode(place: Place, *, on_mode: OnMode = "convert", max_pixels: int = MAX_P
         mode without a conversion, or any conversion if `on_mode` says so.
     """
     data = b"" if isinstance(place, MemoryImage) else read_bytes(place)
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own limit is one for all of the process
     try:
         if isinstance(place, MemoryImage):
             return _usable(place.image, data, on_mode, max_pixels)
@@ -81,7 +83,7 @@ def decode(place: Place, *, on_mode: OnMode = "convert", max_pixels: int = MAX_P
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ImageError(f"a decompression bomb, or an image of more than {max_pixels} pixels") from None
+        raise ImageError(f"a decompression bomb, or an image of more than {max_pixels} pixels (max_pixels)") from None
     except Image.UnidentifiedImageError:
         raise ImageError(f"{len(data)} bytes that are no image of the formats {', '.join(FORMATS)}") from None
     except Exception as error:  # decoders of broken files raise almost anything
@@ -93,7 +95,9 @@ def _usable(image: Image.Image, data: bytes, on_mode: OnMode, max_pixels: int) -
     if min(width, height) < 1:
         raise ImageError(f"the image has no pixels ({width} x {height})")
     if width * height > max_pixels:
-        raise ImageError(f"a decompression bomb, or too large: {width} x {height}, more than {max_pixels} pixels")
+        raise ImageError(
+            f"a decompression bomb, or too large: {width} x {height}, more than {max_pixels} pixels (max_pixels)"
+        )
     # Photographs in the multi-picture format hold previews behind the picture itself.
     if getattr(image, "is_animated", False) and image.format != "MPO":
         raise ImageError(f"the {image.format} image has more than one frame; give a still image")

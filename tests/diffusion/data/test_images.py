@@ -134,6 +134,14 @@ def test_the_limit_of_pixels_is_an_option():
         decode(encoded(PIXELS), max_pixels=100)
 
 
+def test_the_limit_can_be_raised_above_that_of_pillow(monkeypatch):
+    pixels = PIXELS.shape[0] * PIXELS.shape[1]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels // 3)  # Pillow itself refuses above twice its limit
+    with pytest.raises(ImageError, match="decompression bomb"):
+        decode(encoded(PIXELS), max_pixels=pixels // 3)
+    np.testing.assert_array_equal(decode(encoded(PIXELS), max_pixels=pixels), PIXELS)
+
+
 def test_parts_of_files(tmp_path):
     path = tmp_path / "parts"
     path.write_bytes(b"xx" + encoded(PIXELS).data + b"yy")

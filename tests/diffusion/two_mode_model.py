@@ -48,7 +48,7 @@ def predict(params, latents, timesteps, classes):
 
 
 @functools.cache
-def base_model(seed=0, steps=2500, *, dropout=0.0, points=20_000, random_classes=0.0):
+def base_model(seed=0, steps=2500, *, dropout=0.0, points=20_000, random_classes=0.0, schedule=SCHEDULE):
     """Parameters fitted to the world's points; a share `dropout` of them is shown without its class."""
     data = two_modes.make_points(points, seed, random_classes=random_classes)
     clean, classes = jnp.asarray(data.points), jnp.asarray(data.classes)
@@ -57,10 +57,10 @@ def base_model(seed=0, steps=2500, *, dropout=0.0, points=20_000, random_classes
     def loss(params, key):
         rows, times, noise, drop = jax.random.split(key, 4)
         index = jax.random.randint(rows, (256,), 0, len(clean))
-        t = jax.random.randint(times, (256,), 0, SCHEDULE.timesteps)
+        t = jax.random.randint(times, (256,), 0, schedule.timesteps)
         eps = jax.random.normal(noise, (256, 2))
         told = jnp.where(jax.random.bernoulli(drop, dropout, (256,)), EMPTY, classes[index])
-        said = predict(params, add_noise(clean[index], eps, level_at(SCHEDULE, t)), t.astype(jnp.float32), told)
+        said = predict(params, add_noise(clean[index], eps, level_at(schedule, t)), t.astype(jnp.float32), told)
         return jnp.mean((said - eps) ** 2)
 
     @jax.jit
@@ -135,7 +135,7 @@ def train(
     return run(start, reference, rows, jax.random.key(seed))
 
 
-def samples(params, count=2000, *, seed=0, steps=20, scale=1.0, negative=None):
+def samples(params, count=2000, *, seed=0, steps=20, scale=1.0, negative=None, schedule=SCHEDULE):
     """Points [N, 2] of deterministic sampling and their classes; with a scale, guided by the empty class.
 
     Args:
@@ -143,7 +143,7 @@ def samples(params, count=2000, *, seed=0, steps=20, scale=1.0, negative=None):
     """
     classes = jnp.arange(count) % two_modes.WORLD.classes
     noise = jax.random.normal(jax.random.key(seed), (count, 2))
-    table = ddim_steps(SCHEDULE, leading_timesteps(steps))
+    table = ddim_steps(schedule, leading_timesteps(steps))
 
     @jax.jit
     def run(params, negative, noise):

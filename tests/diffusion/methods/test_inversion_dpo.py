@@ -9,7 +9,12 @@ import pytest
 import two_mode_model as world
 
 from dpo_jax.diffusion.errors import measure
-from dpo_jax.diffusion.methods.inversion_dpo import inversion_dpo_inputs, inversion_dpo_loss, step_weights
+from dpo_jax.diffusion.methods.inversion_dpo import (
+    START_NOISE,
+    inversion_dpo_inputs,
+    inversion_dpo_loss,
+    step_weights,
+)
 from dpo_jax.diffusion.objectives import from_loss
 from dpo_jax.diffusion.process import Process
 from dpo_jax.diffusion.schedule import (
@@ -20,6 +25,7 @@ from dpo_jax.diffusion.schedule import (
     predicts_velocity,
     scaled_linear_schedule,
 )
+from dpo_jax.perturb import perturb
 from dpo_jax.worlds import two_modes
 
 # Tests compile much and compute little.
@@ -137,11 +143,19 @@ def test_the_divergence_does_not_depend_on_what_the_model_predicts():
     np.testing.assert_allclose(*run(clean, condition), rtol=1e-4)
 
 
+# One base for all tests: that of the noisier schedule, where the signs part clearly.
+TWO_MODES = Process(predicts_noise, SD)
+
+
+def base_model():
+    return world.base_model(schedule=SD)
+
+
 def two_mode_gradient(start):
     rows = jax.tree.map(lambda leaf: leaf[:32], world.pairs_of(two_modes.make_pairs(100, 0)))
-    reference = world.base_model()
+    reference = base_model()
     objective = from_loss(
-        inversion_dpo_loss, world.PROCESS, inputs=inversion_dpo_inputs, trajectory_steps=10, guidance=1.0, beta=20.0
+        inversion_dpo_loss, TWO_MODES, inputs=inversion_dpo_inputs, trajectory_steps=10, guidance=1.0, beta=20.0
     )
 
     def mean(params, reference):
@@ -151,21 +165,49 @@ def two_mode_gradient(start):
     return jit(jax.value_and_grad(mean, argnums=(0, 1)))(start, reference)
 
 
-def nudged(relative, seed=0):
-    """The base with relative Gaussian noise."""
-    leaves, tree = jax.tree.flatten(world.base_model())
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    noise = [relative * jnp.std(x) * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)]
-    return tree.unflatten([x + n for x, n in zip(leaves, noise)])
+def nudged(base, share=START_NOISE, seed=0):
+    return perturb(base, jax.random.key(seed), share, trainable=lambda name: True)
 
 
 def test_the_reference_itself_is_a_stationary_start():
-    value, (policy, reference) = two_mode_gradient(world.base_model())
+    value, (policy, reference) = two_mode_gradient(base_model())
     assert float(value) == pytest.approx(np.log(2), rel=1e-6)
     assert all(np.all(leaf == 0) for leaf in jax.tree.leaves((policy, reference)))
     norms = []
-    for relative in (1e-4, 1e-3):
-        _, (policy, reference) = two_mode_gradient(nudged(relative))
+    for share in (1e-4, 1e-3):
+        _, (policy, reference) = two_mode_gradient(nudged(base_model(), share))
         norms.append(np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(policy))))
         assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(reference))
     assert norms[0] > 0 and 7 < norms[1] / norms[0] < 13  # linear in the distance
+
+
+@pytest.mark.slow
+def test_the_sign_says_which_mode_is_left():
+    """Of the samples that stay on the data, the default sign keeps the preferred ones and the published one the others.
+
+    Either way many samples leave the data, and the preferred mode gains nothing: this loss wants an early end.
+    """
+    base, seeds = base_model(), (0, 1)
+    rows = world.pairs_of(two_modes.make_pairs(4000, 1))
+    starts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nudged(base, seed=seed) for seed in seeds))
+
+    def measures(params):
+        return world.measures(params, schedule=SD)
+
+    def trained(sign):
+        """Measures of both seeds, trained side by side."""
+        options = dict(inputs=inversion_dpo_inputs, trajectory_steps=10, guidance=1.0, beta=20.0, sign=sign)
+
+        def run(seed, start):
+            return world.train(
+                inversion_dpo_loss, rows, seed=seed, start=start, reference=base, process=TWO_MODES, **options
+            )
+
+        both = jax.vmap(run)(jnp.asarray(seeds), starts)
+        return [measures(jax.tree.map(lambda leaf, i=i: leaf[i], both)) for i in range(len(seeds))]
+
+    before = measures(base).preferred_on_manifold
+    ours, published = trained(-1.0), trained(1.0)
+    assert all(m.preferred_on_manifold > before + 0.1 for m in ours), (before, ours)
+    assert all(m.preferred_on_manifold < before - 0.08 for m in published), (before, published)
+    assert all(m.on_other < m.on_preferred for m in ours) and all(m.on_preferred < m.on_other for m in published)

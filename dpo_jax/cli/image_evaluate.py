@@ -1,5 +1,6 @@
 """`dpo-jax evaluate` for diffusion models: what rewards say of their images, before and after, on shared seeds."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -11,11 +12,11 @@ from dpo_jax.cli.configs import MeshConfig
 from dpo_jax.cli.console import OutputConfig, UsageError, result, say
 from dpo_jax.cli.image_configs import ImageModelConfig
 from dpo_jax.cli.image_generate import conditions_of, load_with_adapter, read_prompts, require_adapter, write_images
-from dpo_jax.cli.image_models import open_images
+from dpo_jax.cli.image_models import HUB_ID, open_images
 from dpo_jax.cli.image_sampling import ImageSampler, SamplingConfig, check_sampling
 from dpo_jax.cli.image_texts import open_t5, require_states
 from dpo_jax.cli.processes import is_first, join_processes
-from dpo_jax.diffusion.rewards.load import load_reward
+from dpo_jax.diffusion.rewards.load import check_reward, load_reward
 from dpo_jax.diffusion.rewards.scores import win_rate
 from dpo_jax.report import table
 from dpo_jax.statistics import wilson_interval
@@ -38,7 +39,9 @@ class ImageEvaluateConfig:
     reward: tuple[Literal["pickscore", "hps", "clip", "aesthetic"], ...] = ()
     """Rewards, each of the folder in the same place of --reward-model."""
     reward_model: tuple[str, ...] = ()
-    """Folders with the rewards' weights (safetensors)."""
+    """Folders or files of the rewards' weights (safetensors), or hub ids."""
+    reward_tokenizer: str | None = None
+    """Folder or hub id of CLIP's tokenizer for all rewards that read text; by default each takes that of its folder."""
     t5_states: str | None = None
     """File or folder of T5 states of the prompts and the negative prompt (`write_t5_states`), for SD3; else zeros."""
     samples: int = 1
@@ -67,13 +70,12 @@ def evaluate_images(config: ImageEvaluateConfig) -> None:
     require_adapter(config.adapter)
     if len(config.reward) != len(config.reward_model):
         raise UsageError(f"{len(config.reward)} rewards and {len(config.reward_model)} folders; give one for each")
-    if missing := [folder for folder in config.reward_model if not Path(folder).exists()]:
-        raise UsageError(f"--reward-model {', '.join(missing)}: no such file or folder")
     prompts = [*config.prompt, *read_prompts(config.data)]
     if not prompts:
         raise UsageError("evaluate needs prompts: give --prompt or --data")
     if not config.reward and config.samples < 2:
         raise UsageError("nothing to measure: give --reward with --reward-model, or --samples of at least 2")
+    check_rewards(config)
     if config.mesh.distributed:
         join_processes()
     mesh = mesh_of(config.mesh)
@@ -103,7 +105,7 @@ def evaluate_images(config: ImageEvaluateConfig) -> None:
         if config.samples > 1:
             values[f"{name}_diversity"] = diversity(drawn, config.samples)
     for name, folder in zip(config.reward, config.reward_model):
-        reward = load_reward(name, folder, mesh)
+        reward = load_reward(name, folder, mesh, tokenizer=config.reward_tokenizer)
         scores = {which: reward.score(list(drawn), texts) for which, drawn in images.items()}
         for which, numbers in scores.items():
             values[f"{which}_{name}"] = float(np.mean(numbers))
@@ -112,6 +114,25 @@ def evaluate_images(config: ImageEvaluateConfig) -> None:
     if is_first():
         text = table([(name, f"{value:.4f}") for name, value in values.items()], ("measure", "value"))
         result({"model": config.model, **values}, text, as_json=config.output.json)
+
+
+def check_rewards(config: ImageEvaluateConfig) -> None:
+    """Find the files of all rewards before an image is drawn.
+
+    Raises:
+      UsageError: no such folder, a tokenizer that nothing reads.
+      WeightsError: files that are missing or pickled.
+    """
+    places = [("--reward-model", folder) for folder in config.reward_model]
+    if config.reward_tokenizer is not None:
+        if not set(config.reward) - {"aesthetic"}:
+            raise UsageError("--reward-tokenizer has no effect: no --reward reads text")
+        places.append(("--reward-tokenizer", config.reward_tokenizer))
+    for option, place in places:
+        if not Path(place).exists() and not re.fullmatch(HUB_ID, place):
+            raise UsageError(f"{option} {place}: no such file or folder; give one, or a hub id")
+    for name, folder in zip(config.reward, config.reward_model):
+        check_reward(name, folder, tokenizer=config.reward_tokenizer)
 
 
 def diversity(images: np.ndarray, samples: int) -> float:

@@ -31,6 +31,7 @@ from dpo_jax.sharding import BATCH_AXES, P, Rules, shard_batch
 from dpo_jax.types import Array, PyTree
 
 Entries = list[dict[str, np.ndarray]]
+HUB_ID = r"[\w.-]+/[\w.-]+"
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +136,7 @@ def open_images(model: str, options: ImageModelConfig) -> OpenPipeline:
       WeightsError: not a pipeline that can be read.
     """
     folder = Path(model)
-    if not folder.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    if not folder.exists() and not re.fullmatch(HUB_ID, model):
         raise UsageError(f"no such folder: {model}; give that of a diffusers pipeline, or a hub id")
     # A run's folder stands for what it exported.
     if (folder / "export" / "model_index.json").exists():

@@ -323,7 +323,8 @@ def test_evaluate_finds_a_model_as_good_as_itself(tiny, tmp_path, monkeypatch):
             assert len(images) == len(texts)
             return np.array([image.mean() for image in images])
 
-    monkeypatch.setattr(image_evaluate, "load_reward", lambda name, folder, mesh: Brightness())
+    monkeypatch.setattr(image_evaluate, "check_reward", lambda name, folder, tokenizer: None)
+    monkeypatch.setattr(image_evaluate, "load_reward", lambda name, folder, mesh, tokenizer: Brightness())
     given = ("--model", tiny.model, *PROMPTS, "--sampling-steps", 3, "--samples", 3, "--json")
     reward = ("--reward", "clip", "--reward-model", tiny.model)
     answer = command("evaluate", *given, *reward, "--reference-model", tiny.model, "--out", tmp_path / "o")

@@ -2,6 +2,7 @@
 
 from dpo_jax.diffusion.rewards.load import REWARDS as REWARDS
 from dpo_jax.diffusion.rewards.load import Reward as Reward
+from dpo_jax.diffusion.rewards.load import check_reward as check_reward
 from dpo_jax.diffusion.rewards.load import load_reward as load_reward
 from dpo_jax.diffusion.rewards.scores import AffineHead as AffineHead
 from dpo_jax.diffusion.rewards.scores import aesthetic_score as aesthetic_score

@@ -1,11 +1,17 @@
 """Released image rewards read from safetensors and made into one function of images and prompts.
 
-    pickscore   yuvalkirstain/PickScore_v1; its tokenizer is that of laion/CLIP-ViT-H-14-laion2B-s32B-b79K
-    hps         xswu/HPSv2, v2 or v2.1, as safetensors, in OpenCLIP's names
+    pickscore   yuvalkirstain/PickScore_v1, which has no tokenizer
+    hps         xswu/HPSv2, v2 or v2.1, as safetensors, in OpenCLIP's names; no tokenizer
     clip        any CLIP of both towers, such as openai/clip-vit-large-patch14
     aesthetic   openai/clip-vit-large-patch14, and beside it the head sac+logos+ava1-l14-linearMSE as safetensors
 
-Pickled weights (.pt, .pth, .bin) run code when they are read, so they are refused: convert them to safetensors once.
+All that read text know the same words, so the tokenizer may be that of any CLIP, such as openai/clip-vit-large-patch14.
+
+Pickled weights (.pt, .pth, .bin) can run code when they are read, so they are refused. Convert them once:
+
+    import torch; from safetensors.torch import save_file
+    read = torch.load("HPS_v2.1_compressed.pt", "cpu", weights_only=True); read = read.get("state_dict", read)
+    save_file({name: value.contiguous().clone() for name, value in read.items()}, "HPS_v2.1_compressed.safetensors")
 """
 
 import json
@@ -36,11 +42,17 @@ from dpo_jax.diffusion.rewards.scores import (
 from dpo_jax.keys import WeightsError
 from dpo_jax.sharding import make_mesh
 from dpo_jax.types import Array, PyTree
-from dpo_jax.weights import on_host, open_tensors, weight_files
+from dpo_jax.weights import local_folder, on_host, open_tensors, weight_files
 
 _HEAD = tuple(f"layers.{number}" for number in (0, 2, 4, 6, 7))  # linear layers; dropout stands between
 _FLOAT32 = Types()
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt")
+_TOKENIZER = ("tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json")
+_PATTERNS = ("model*.safetensors", "model*.safetensors.index.json", "config.json", *_TOKENIZER)  # of a hub id
+_CONVERT = (
+    "import torch; from safetensors.torch import save_file; read = torch.load({old!r}, 'cpu', weights_only=True); "
+    "save_file({{k: v.contiguous().clone() for k, v in read.get('state_dict', read).items()}}, {new!r})"
+)
 
 
 class Reward(NamedTuple):
@@ -75,6 +87,21 @@ _KINDS: Mapping[str, _Kind] = {
 REWARDS = tuple(_KINDS)
 
 
+def check_reward(name: str, folder: str | Path, *, tokenizer: str | Path | None = None) -> None:
+    """Find the files of a reward and read all but the weights, before anything is done for it.
+
+    Raises:
+      ValueError, WeightsError: as `load_reward`, but for weights that do not fit.
+    """
+    kind, place = _kind(name), _place(folder)
+    config = _config(_folder_of(place), kind.sizes)
+    with _tensors(place, extra=_is_head if kind.combine is None else None) as tensors:
+        if kind.combine is None:
+            _read_head(place, tensors)
+    if kind.combine is not None:
+        _encoder(tokenizer or _folder_of(place), config)
+
+
 def load_reward(
     name: str,
     folder: str | Path,
@@ -88,23 +115,21 @@ def load_reward(
 
     Args:
       name: of `REWARDS`.
-      folder: with the weights as safetensors (or that file alone), and config.json where sizes are not the released
-        ones. All processes read it.
+      folder: with the weights as safetensors (or that file alone, or a hub id), and config.json where sizes are not
+        the released ones. All processes read it.
       mesh: by default the first device alone.
-      tokenizer: folder of CLIP's tokenizer; that of the weights by default.
+      tokenizer: folder or hub id of CLIP's tokenizer; that of the weights by default.
       batch: images or prompts that go through a tower at a time.
 
     Raises:
       ValueError: no such reward, or a batch below 1.
       WeightsError: files that are missing, pickled or do not fit.
     """
-    if name not in _KINDS:
-        raise ValueError(f"no reward is called {name!r}; there is {', '.join(REWARDS)}")
     if batch < 1:
         raise ValueError(f"batch is {batch}; give at least 1")
-    kind, folder = _KINDS[name], Path(folder)
+    kind, folder = _kind(name), _place(folder)
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
-    config = _config(folder if folder.is_dir() else folder.parent, kind.sizes)
+    config = _config(_folder_of(folder), kind.sizes)
     head = None
     with _tensors(folder, extra=_is_head if kind.combine is None else None) as tensors:
         if kind.combine is None:
@@ -130,7 +155,7 @@ def load_reward(
 
         return Reward(name, score)
 
-    encode = _encoder(Path(tokenizer or (folder if folder.is_dir() else folder.parent)), config)
+    encode = _encoder(tokenizer or _folder_of(folder), config)
     combine, scale = kind.combine, on_host(variables["logit_scale"]).astype(np.float32)
 
     def score(images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
@@ -142,6 +167,29 @@ def load_reward(
         return np.asarray(combine(image_features(images), chosen, scale))  # type: ignore[arg-type]
 
     return Reward(name, score)
+
+
+def _kind(name: str) -> _Kind:
+    if name not in _KINDS:
+        raise ValueError(f"no reward is called {name!r}; there is {', '.join(REWARDS)}")
+    return _KINDS[name]
+
+
+def _place(folder: str | Path) -> Path:
+    """The folder or file itself, or the folder in the hub's cache."""
+    place = Path(folder)
+    if place.suffix in _PICKLED and not place.is_dir():
+        raise WeightsError(f"{place} would run code when read: {_conversion(place)}")
+    return place if place.exists() else local_folder(folder, _PATTERNS)
+
+
+def _folder_of(place: Path) -> Path:
+    return place if place.is_dir() else place.parent
+
+
+def _conversion(file: Path) -> str:
+    code = _CONVERT.format(old=str(file), new=str(file.with_suffix(".safetensors")))
+    return f'convert it once, where torch is installed, by python -c "{code}"'
 
 
 def _towers(
@@ -166,10 +214,14 @@ def _towers(
     return run
 
 
-def _encoder(folder: Path, config: ClipConfig) -> Callable[[Sequence[str]], np.ndarray]:
+def _encoder(place: str | Path, config: ClipConfig) -> Callable[[Sequence[str]], np.ndarray]:
     """Prompts -> int32 [N, positions], cut off behind the last place with the end token there."""
+    folder = local_folder(place, _TOKENIZER)
     if not any((folder / file).exists() for file in ("tokenizer.json", "vocab.json")):
-        raise WeightsError(f"{folder}: no tokenizer.json and no vocab.json; give `tokenizer`, a folder of CLIP's")
+        raise WeightsError(
+            f"{folder}: no tokenizer.json and no vocab.json; give `tokenizer` (--reward-tokenizer), a folder or hub id "
+            "of CLIP's, such as openai/clip-vit-large-patch14"
+        )
     from transformers import CLIPTokenizer
 
     try:
@@ -223,16 +275,14 @@ def _tensors(folder: Path, extra: Callable[[str], bool] | None) -> Iterator[dict
 def _files(folder: Path) -> list[Path]:
     if folder.suffix == ".safetensors" and folder.is_file():
         return [folder]
-    if folder.suffix in _PICKLED:
-        raise WeightsError(f"{folder} would run code when read: convert it to safetensors")
     if not folder.is_dir():
         raise WeightsError(f"{folder} is neither a folder nor a file of safetensors")
     if any(folder.glob("model*.safetensors*")):
         return weight_files(folder, "model", ("fp16",))
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        others = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLED)
-        hint = f"; {', '.join(others)} would run code when read: convert them to safetensors" if others else ""
+        others = sorted(file for file in folder.iterdir() if file.suffix in _PICKLED)
+        hint = f"; {others[0].name} would run code when read: {_conversion(others[0])}" if others else ""
         raise WeightsError(f"{folder}: no safetensors{hint}")
     return files
 

@@ -15,7 +15,7 @@ from dpo_jax.diffusion.models import clip
 from dpo_jax.diffusion.models.clip_config import VIT_H_14, VIT_L_14, config_from_dict
 from dpo_jax.diffusion.models.clip_weights import as_transformers
 from dpo_jax.diffusion.models.table import tensor_shapes
-from dpo_jax.diffusion.rewards import load_reward, pixels
+from dpo_jax.diffusion.rewards import check_reward, load_reward, pixels
 from dpo_jax.keys import WeightsError
 from dpo_jax.sharding import make_mesh
 
@@ -228,16 +228,65 @@ def test_pickles_are_refused(suffix, tmp_path):
     for place in (tmp_path, file):
         with pytest.raises(WeightsError, match=f"HPS_v2.1_compressed{suffix}.* would run code when read: convert"):
             load_reward("hps", place)
+        with pytest.raises(WeightsError, match="would run code when read"):
+            check_reward("hps", place)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_the_conversion_that_is_named_works(nested, tmp_path):
+    torch = pytest.importorskip("torch", reason="writes and converts a pickle")
+    folder = write(tmp_path / "made", transformers_tensors())
+    expected = load_reward("hps", folder).score(photos(), PROMPTS)
+    tensors = {name: torch.tensor(value) for name, value in transformers_tensors().items()}
+    (folder / "model.safetensors").unlink()
+    torch.save({"state_dict": tensors, "epoch": 3} if nested else tensors, folder / "HPS_v2.pt")
+    with pytest.raises(WeightsError) as refused:
+        load_reward("hps", folder)
+    code = str(refused.value).partition('python -c "')[2].removesuffix('"')
+    exec(code, {})
+    np.testing.assert_array_equal(load_reward("hps", folder).score(photos(), PROMPTS), expected)
+
+
+def test_a_reward_is_checked_without_its_weights(tmp_path):
+    bare = write(tmp_path / "bare", transformers_tensors(), tokenizer=False)
+    words = write(tmp_path / "words", {"none": np.zeros(1)})
+    with pytest.raises(WeightsError, match=r"no tokenizer.json and no vocab.json.*--reward-tokenizer"):
+        check_reward("clip", bare)
+    check_reward("clip", bare, tokenizer=words)
+    with pytest.raises(WeightsError, match=r"the aesthetic head's tensors are"):
+        check_reward("aesthetic", bare)
+    found = load_reward("clip", bare, tokenizer=words).score(photos(), PROMPTS)
+    np.testing.assert_allclose(found, cosines(pixels.short_side_crop), rtol=1e-4, atol=1e-5)
+
+
+def test_hub_ids_are_asked_for_what_is_read(tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(tmp_path / name.partition("/")[2])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    write(tmp_path / "weights", transformers_tensors(), tokenizer=False)
+    write(tmp_path / "words", {"none": np.zeros(1)})
+    found = load_reward("pickscore", "there/weights", tokenizer="there/words").score(photos(), PROMPTS)
+    scale = np.exp(transformers_tensors()["logit_scale"])
+    np.testing.assert_allclose(found, cosines(pixels.short_side_crop) * scale, rtol=1e-4, atol=1e-5)
+    (_, weights), (_, words) = asked
+    assert [name for name, _ in asked] == ["there/weights", "there/words"]
+    assert "model*.safetensors" in weights and not any("safetensors" in pattern for pattern in words)
 
 
 def test_wrong_files_are_refused(tmp_path):
     tensors = transformers_tensors()
-    with pytest.raises(WeightsError, match="neither a folder nor"):
+    with pytest.raises(WeightsError, match="neither a folder here nor"):
         load_reward("clip", tmp_path / "nowhere")
     short = {name: value for name, value in tensors.items() if not name.endswith("layers.1.mlp.fc2.bias")}
     with pytest.raises(WeightsError, match=r"2 missing: text_model.encoder.layers.1.mlp.fc2.bias"):
         load_reward("clip", write(tmp_path / "short", short))
-    with pytest.raises(WeightsError, match=r"no tokenizer.json and no vocab.json; give `tokenizer`"):
+    with pytest.raises(
+        WeightsError, match=r"no tokenizer.json and no vocab.json; give `tokenizer` \(--reward-tokenizer\)"
+    ):
         load_reward("clip", write(tmp_path / "bare", tensors, tokenizer=False))
     twice = write(tmp_path / "twice", tensors, file="v2.safetensors")
     save_file(tensors, twice / "v2.1.safetensors")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import two_mode_model as world
 from exact_models import EVEN, EXPECTED, gaussian_flow, gaussian_model, mixture_model, network
 
 from dpo_jax.diffusion.inversion import averaged, fixed_point, fresh_noise, invert, undo_step
@@ -32,6 +33,7 @@ from dpo_jax.diffusion.schedule import (
     with_zero_terminal_snr,
 )
 from dpo_jax.diffusion.transitions import ddim_steps, take_steps, transition
+from dpo_jax.worlds import two_modes
 
 # Tests compile much and compute little.
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -279,6 +281,48 @@ def test_zero_terminal_snr_is_reached_and_left_again():
     latents = 0.6 + 0.4 * start((16, 2))
     assert float(steps.alpha[0]) == 0
     assert round_trips(model, latents, steps, predicts_velocity, [fixed_point(30)])[0] < 1e-9
+
+
+def test_round_trips_of_a_trained_network_get_closer_with_iterations_and_with_steps():
+    model, points = partial(world.predict, world.base_model(steps=600)), two_modes.make_points(256, 0)
+    latents, classes = jnp.asarray(points.points), jnp.asarray(points.classes)
+
+    def errors(count, all_weights):
+        steps = ddim_steps(world.SCHEDULE, leading_timesteps(count))
+        return np.array(round_trips(model, latents, steps, predicts_noise, all_weights, classes))
+
+    by_iterations = errors(10, [averaged(k, k + 1, 10) for k in (0, 1, 4, 9)])
+    assert np.all(by_iterations[1:] < by_iterations[:-1] / 2), by_iterations
+    assert by_iterations[-1] < by_iterations[0] / 1000, by_iterations
+    by_steps = np.array([errors(count, [fixed_point(2)])[0] for count in (5, 10, 20)])
+    assert np.all(by_steps[1:] < by_steps[:-1] / 2), by_steps
+
+
+def test_memory_of_the_backward_pass_grows_by_states_only():
+    """The network's activations are 64 times a state; keeping those of 24 more steps would cost 200 MB."""
+    batch, width, hidden = 256, 64, 4096
+
+    def temporaries(count):
+        steps = ddim_steps(SD, leading_timesteps(count))
+
+        def loss(weights):
+            def predict(latents, timesteps, condition):
+                inner = jnp.tanh(latents @ weights["in"] + timesteps[:, None] / 1000)
+                return jnp.sin(inner) @ weights["out"]
+
+            clean = jnp.ones((batch, width))
+            end = invert(predict, clean, steps, parameterisation=predicts_noise, weights=fixed_point(2))
+            return jnp.sum(end.latents**2)
+
+        weights = {"in": jnp.zeros((width, hidden)), "out": jnp.zeros((hidden, width))}
+        analysis = jit(jax.grad(loss)).lower(weights).compile().memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
+
+    state = batch * width * 4
+    few, many = temporaries(8), temporaries(32)
+    assert 0.5 * 24 * state < many - few < 2 * 24 * state, (few, many)
+    assert many < 20 * batch * hidden * 4
 
 
 def test_bfloat16_is_computed_in_float32_and_gradients_are_finite():

@@ -196,11 +196,20 @@ def test_the_sign_says_which_mode_is_left():
 
     def trained(sign):
         """Measures of both seeds, trained side by side."""
-        options = dict(inputs=inversion_dpo_inputs, trajectory_steps=10, guidance=1.0, beta=20.0, sign=sign)
 
         def run(seed, start):
             return world.train(
-                inversion_dpo_loss, rows, seed=seed, start=start, reference=base, process=TWO_MODES, **options
+                inversion_dpo_loss,
+                rows,
+                seed=seed,
+                start=start,
+                reference=base,
+                process=TWO_MODES,
+                inputs=inversion_dpo_inputs,
+                trajectory_steps=10,
+                guidance=1.0,
+                beta=20.0,
+                sign=sign,
             )
 
         both = jax.vmap(run)(jnp.asarray(seeds), starts)

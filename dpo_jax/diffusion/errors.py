@@ -148,8 +148,8 @@ def measure(predict: Predict, inputs: Inputs, process: Process, statistics: Coll
     inputs = jax.lax.stop_gradient(inputs._replace(guidance=0.0))._replace(guidance=inputs.guidance)
     condition = inputs.condition
     if inputs.guidance != 1.0:
-        rows = inputs.times.shape[-1]
-        predict, condition = guided(predict, inputs.guidance), Guidance(condition, empty_condition(process, rows))
+        away = empty_condition(process, condition)
+        predict, condition = guided(predict, inputs.guidance), Guidance(condition, away)
     if unknown := set(statistics) - set(STATISTICS if inputs.weights is None else ("error",)):
         kind = "an image" if inputs.weights is None else "a trajectory"
         raise ValueError(f"no statistics {sorted(unknown)} of {kind}; there are {', '.join(STATISTICS)}")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from dpo_jax.diffusion.schedule import Schedule, flow_level, level_at, shift_sigmas
 from dpo_jax.diffusion.transitions import FLOW_TIME
-from dpo_jax.diffusion.types import Level, Parameterisation
+from dpo_jax.diffusion.types import Level, Parameterisation, TextCondition
 from dpo_jax.types import Array, PyTree
 
 # draw(key, shape) -> float32 numbers in [0, 1), the share of the way from clean latents to noise.
@@ -68,12 +68,21 @@ def level_of(process: Process, times: Array) -> Level:
     return level_at(process.schedule, times)
 
 
-def empty_condition(process: Process, rows: int) -> PyTree:
-    """The condition of the empty prompt for some rows, leaves [rows, ...].
+def empty_condition(process: Process, condition: PyTree) -> PyTree:
+    """The condition of the empty prompt beside that of some rows, leaves [N, ...].
+
+    Models that are told sizes are told those of the row, with the prompt and without it.
+
+    Args:
+      condition: of the rows, leaves [N, ...].
 
     Raises:
       ValueError: the process has none.
     """
     if process.empty is None:
         raise ValueError("guidance needs the condition of the empty prompt; give the process one")
-    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (rows, *leaf.shape[1:])), process.empty)
+    rows = len(jax.tree.leaves(condition)[0])
+    empty = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (rows, *leaf.shape[1:])), process.empty)
+    if isinstance(empty, TextCondition) and isinstance(condition, TextCondition):
+        return empty._replace(sizes=condition.sizes)
+    return empty

@@ -95,8 +95,9 @@ def test_level_of_timesteps():
 
 def test_the_empty_prompt_is_repeated_and_missed():
     empty = {"states": jnp.arange(6.0).reshape(1, 2, 3), "pooled": jnp.array([[7.0]])}
-    given = empty_condition(Process(predicts_noise, SD, empty=empty), 4)
+    told = jax.tree.map(lambda leaf: jnp.ones((4, *leaf.shape[1:])), empty)
+    given = empty_condition(Process(predicts_noise, SD, empty=empty), told)
     np.testing.assert_array_equal(given["states"], np.tile(empty["states"], (4, 1, 1)))
     assert given["pooled"].shape == (4, 1)
     with pytest.raises(ValueError, match="empty prompt"):
-        empty_condition(VP, 4)
+        empty_condition(VP, told)

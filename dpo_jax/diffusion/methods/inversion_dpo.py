@@ -60,7 +60,7 @@ def inversion_dpo_inputs(
     table, rows = inversion_steps(process, trajectory_steps, offset=0), clean.shape[0]
     model, told = reference, condition
     if guidance != 1:
-        model, told = guided(reference, guidance), Guidance(condition, empty_condition(process, rows))
+        model, told = guided(reference, guidance), Guidance(condition, empty_condition(process, condition))
     found = invert(model, clean, table, told, parameterisation=process.parameterisation, record=True)
     assert found.states is not None and found.predictions is not None
     states, targets = (jnp.moveaxis(x, 1, 0) for x in (found.states[:, :-1], found.predictions))  # [S, N, ...]

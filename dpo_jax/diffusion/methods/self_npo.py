@@ -116,9 +116,9 @@ def self_npo_inputs(
     rows = clean.shape[0]
     model, told = reference, condition
     if guidance == 0:
-        told = empty_condition(process, rows)
+        told = empty_condition(process, condition)
     elif guidance != 1:
-        model, told = guided(reference, guidance), Guidance(condition, empty_condition(process, rows))
+        model, told = guided(reference, guidance), Guidance(condition, empty_condition(process, condition))
     noised = add_noise(clean, own_noise, level_of(process, start))
     latents, here, said = truncated_rollout(model, noised, start, told, process, steps=rollout_steps, stride=stride)
     level_key, noise_key = split_keys(key, 2)

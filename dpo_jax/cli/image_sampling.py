@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from dpo_jax.cli.checks import check_ranges
 from dpo_jax.cli.console import UsageError
 from dpo_jax.cli.image_models import OpenPipeline, denoiser_function, image_decoder
+from dpo_jax.diffusion.models.scheduler import Noising
 from dpo_jax.diffusion.sampler import Guidance, dpm_solver_steps, euler_steps, flow_euler_steps, guided, sample
 from dpo_jax.diffusion.schedule import flow_sigmas
 from dpo_jax.diffusion.transitions import ddim_steps, ddpm_steps
@@ -74,7 +75,7 @@ def steps_of(model: OpenPipeline, config: SamplingConfig) -> Step:
     try:
         if model.process.schedule is None:
             return flow_euler_steps(flow_sigmas(count, shift=model.process.shift))
-        schedule, grid = model.process.schedule, noising.timesteps(count)
+        schedule, grid = model.process.schedule, _timesteps_of(noising, name, count)
         if name == "ddim":
             last = 1.0 if noising.clean_end else None
             return ddim_steps(schedule, grid, eta=config.eta, last_alpha_cumprod=last)
@@ -82,6 +83,16 @@ def steps_of(model: OpenPipeline, config: SamplingConfig) -> Step:
         return makers[name](schedule, grid)
     except ValueError as error:
         raise UsageError(f"--sampling-steps {count}: {error}") from error
+
+
+def _timesteps_of(noising: Noising, sampler: str, count: int) -> np.ndarray:
+    """The sampler's falling grid [count], where diffusers' scheduler of the same config has it."""
+    assert noising.process.schedule is not None
+    if sampler == "dpm-solver" and noising.timestep_spacing != "trailing":
+        return noising.timesteps(count + 1)[:-1]  # its last step is longer, to clean latents
+    if sampler == "euler" and noising.timestep_spacing == "linspace":
+        return np.linspace(0, noising.process.schedule.timesteps - 1, count)[::-1]  # not rounded
+    return noising.timesteps(count)
 
 
 class ImageSampler:

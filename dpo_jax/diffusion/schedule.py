@@ -86,7 +86,7 @@ def with_zero_terminal_snr(schedule: Schedule) -> Schedule:
 def leading_timesteps(steps: int, *, timesteps: int = 1000, steps_offset: int = 1) -> np.ndarray:
     """Falling grid [steps] of multiples of timesteps // steps, shifted up; the top of the schedule is left out.
 
-    DPM-Solver's grid in common code is the grid of steps + 1 less its last entry.
+    DPM-Solver's grid in common code is the grid of steps + 1 less its last entry, leading and linspace alike.
     """
     _require_steps(steps, timesteps)
     grid = np.arange(steps)[::-1] * (timesteps // steps) + steps_offset

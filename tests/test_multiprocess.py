@@ -3,20 +3,18 @@
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from make_tiny_checkpoint import make_tiny_checkpoint
+from real_processes import LIMIT, finish, result_of, start_two, starting
 from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.slow
-STEPS, LIMIT = 6, 180
-RUN = "import sys; from dpo_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+STEPS = 6
 
 
 @pytest.fixture(scope="module")
@@ -28,57 +26,22 @@ def tiny(tmp_path_factory):
         for i in range(24)
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sizes = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    sizes: dict[str, Any] = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
     texts = [value for row in rows for value in row.values()]
     return make_tiny_checkpoint(folder / "model", texts=texts, scale=0.2, **sizes, **heads), folder / "rows.jsonl"
 
 
 @pytest.fixture
 def start():
-    """`start(devices, words, environment)`: a process of the command; whatever still runs is killed at the end."""
-    running: list[subprocess.Popen] = []
-
-    def begin(devices: int, words: list, environment: dict[str, str] | None = None) -> subprocess.Popen:
-        flags = f"--xla_force_host_platform_device_count={devices}"
-        # The proxies of a machine have nothing to say on its loopback.
-        own = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
-        everything = {**own, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **(environment or {})}
-        command = [sys.executable, "-c", RUN, *map(str, words)]
-        process = subprocess.Popen(command, env=everything, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        running.append(process)
-        return process
-
-    yield begin
-    for process in running:
-        process.kill()
-        process.communicate()
+    with starting() as begin:
+        yield begin
 
 
 def words_of(tiny, out, *more) -> list:
     model, rows = tiny
     fixed = ["train", "dpo", "--model", model, "--data", rows, "--out", out, "--batch-size", 8, "--learning-rate", 0.01]
     return [*fixed, "--log-every", 1, "--held-out", 4.0, "--mesh-data", 2, "--mesh-fsdp", 2, "--json", "--debug", *more]
-
-
-def start_two(start, words: list) -> list[subprocess.Popen]:
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        port = place.getsockname()[1]
-    fixed = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
-    return [start(2, [*words, "--distributed"], {**fixed, "JAX_PROCESS_ID": str(index)}) for index in range(2)]
-
-
-def finish(processes) -> list[tuple[str, str]]:
-    answers = [process.communicate(timeout=LIMIT) for process in processes]
-    for process, (_, err) in zip(processes, answers):
-        assert process.returncode == 0, err
-    return answers
-
-
-def result_of(answer: tuple[str, str]) -> dict:
-    """The last line of standard output; the transport between CPU processes prints lines of its own before it."""
-    return json.loads(answer[0].splitlines()[-1])
 
 
 def losses(out: Path) -> list[float]:

@@ -9,6 +9,7 @@ from PIL import Image
 from tiny_pipelines import make_tiny_pipeline
 from tiny_runs import Answer, command, write_rows
 
+from dpo_jax.checkpoint import open_checkpoints
 from dpo_jax.diffusion.models.folder import Kind
 from dpo_jax.worlds.shapes import WORDS, make_rows
 
@@ -56,10 +57,32 @@ def make_tiny_images(folder: Path, kind: Kind = "sd") -> TinyImages:
     )
 
 
-def train_images(
+def train_words(
     tiny: TinyImages, out: Path, *words: object, method: str = "diffusion-dpo", steps: int = 4, batch_size: int = 4
-) -> Answer:
-    """Train with a rate at which a few steps are seen in the losses, on the mesh of one device unless words say so."""
+) -> list[str]:
+    """A command that trains with a rate at which a few steps are seen in the losses."""
     fixed = ("--model", tiny.model, "--data", tiny.rows, "--out", out, "--steps", steps, "--batch-size", batch_size)
     fixed = (*fixed, "--learning-rate", 0.01, "--log-every", 1, "--encode-batch", 8, "--json")
-    return command("train", method, *fixed, *words)
+    return [str(word) for word in ("train", method, *fixed, *words)]
+
+
+def train_images(tiny: TinyImages, out: Path, *words: object, **given: Any) -> Answer:
+    """Run `train_words` in this process."""
+    return command(*train_words(tiny, out, *words, **given))
+
+
+def leaves(out: Path, step: int) -> dict[str, list]:
+    """Dtype, shape and fingerprint of the bits of every array of a checkpoint."""
+    with open_checkpoints(out / "checkpoints", read_only=True) as checkpoints:
+        record, reason = checkpoints._read_record(step)
+    assert record is not None, reason
+    return record["leaves"]
+
+
+def same_bytes(first: Path, second: Path, but: str) -> None:
+    """All files of two pipelines are equal, but for one component."""
+    names = [{str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} for folder in (first, second)]
+    assert {n for n in names[0] if not n.startswith(but)} == {n for n in names[1] if not n.startswith(but)}
+    for name in names[0]:
+        if not name.startswith(but):
+            assert (first / name).read_bytes() == (second / name).read_bytes(), name

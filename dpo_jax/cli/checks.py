@@ -1,5 +1,6 @@
 """What a training command refuses before any work is done: options that are missing, out of range or without effect."""
 
+import math
 from dataclasses import asdict, fields
 from functools import partial
 from typing import Any
@@ -58,6 +59,11 @@ _RANGES = {
     "guidance": (0, float("inf")),
     "guidance_rescale": (0, 1),
     "eta": (0, 1),
+    "trajectory_steps": (1, float("inf")),
+    "inversion_steps": (1, float("inf")),
+    "rollout_steps": (1, float("inf")),
+    "grid": (1, float("inf")),
+    "calls": (1, float("inf")),
     "height": (1, float("inf")),
     "start_noise": (0, 1),
     "width": (1, float("inf")),
@@ -131,6 +137,8 @@ def check_ranges(part: Any) -> None:
             continue
         if name in _RANGES and not _RANGES[name][0] <= value <= _RANGES[name][1]:
             raise UsageError(f"{option(name)} is {value}; give {_words(*_RANGES[name])}")
+        if isinstance(value, float) and math.isnan(value):
+            raise UsageError(f"{option(name)} is nan; give a number")
         if name in _OPEN_RANGES and not _OPEN_RANGES[name][0] < value < _OPEN_RANGES[name][1]:
             raise UsageError(f"{option(name)} is {value}; give a number {_between(*_OPEN_RANGES[name])}")
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from dpo_jax.cli.catalogue import Method
 from dpo_jax.cli.console import UsageError, say
 from dpo_jax.cli.data import report_skipped
+from dpo_jax.cli.image_checks import check_objective
 from dpo_jax.cli.image_configs import ImageDataConfig
 from dpo_jax.cli.image_models import OpenPipeline, image_encoder
 from dpo_jax.cli.image_texts import lacking, open_t5, require_states, text_encoder, text_key
@@ -120,7 +121,7 @@ def prepare_images(config: Any, method: Method, model: OpenPipeline, mesh: Mesh,
         shape; all rows held out.
     """
     data, seed = config.data, config.loop.seed
-    model_buckets(data, model)  # refused before the data is read
+    buckets = model_buckets(data, model)  # refused before the data is read
     t5 = open_t5(model, data.t5_states)
     rows, seen = read_image_rows(data.data, data, method.form, out, seed)
     if data.eval_data:
@@ -133,6 +134,11 @@ def prepare_images(config: Any, method: Method, model: OpenPipeline, mesh: Mesh,
     if not train:
         raise ValueError(f"held_out is {data.held_out:g}, which leaves none of the {len(rows)} rows to train on")
     check_columns(method, [*train, *held])
+    if method.columns:
+        row = max(train, key=lambda row: len(row.images))
+        bucket = frame([seen[place].size for place in row.images], buckets).bucket
+        size = (bucket.height // model.factor, bucket.width // model.factor)
+        check_objective(method, config, model.process, row, size)
     cache = Cache(data.cache or out / "cache")
     if cache.broken:
         say(f"{len(cache.broken)} broken files of {cache.folder} are passed over; what they held is made again")

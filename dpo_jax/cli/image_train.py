@@ -2,29 +2,26 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dpo_jax.cli.catalogue import Method, initial_loss_state
-from dpo_jax.cli.checks import check_adapter_course, check_course, check_optimizer, check_ranges, mesh_of, option
+from dpo_jax.cli.checks import mesh_of
 from dpo_jax.cli.configs import config_record
 from dpo_jax.cli.console import UsageError, say
 from dpo_jax.cli.image_adapters import AdaptedPipeline, adapted_pipeline, frozen_part, write_pipeline
-from dpo_jax.cli.image_configs import ImageAdapterConfig
+from dpo_jax.cli.image_checks import check_image_options, check_objective
 from dpo_jax.cli.image_data import PreparedImages, prepare_images
 from dpo_jax.cli.image_models import open_images
 from dpo_jax.cli.image_texts import condition_of
 from dpo_jax.cli.job import Job, hyper_parameters, keep_config, run_job, summarise
 from dpo_jax.cli.processes import is_first, join_processes
 from dpo_jax.diffusion.data.batches import batches, epoch_batches
-from dpo_jax.diffusion.objectives import from_loss, needs_reference, origin
+from dpo_jax.diffusion.objectives import from_loss, needs_reference
 from dpo_jax.sharding import data_shards
-from dpo_jax.signatures import read_needs
 from dpo_jax.train import TrainState
 from dpo_jax.tree import combine
 from dpo_jax.types import Array, PyTree
@@ -43,7 +40,6 @@ def train_images(method: Method, config: Any) -> None:
     check_image_options(method, config)
     if config.mesh.distributed:
         join_processes()
-    check_loss_options(method, config)
     out = Path(config.loop.out)
     record = config_record("train", method.slug, config)
     mesh = mesh_of(config.mesh)
@@ -53,8 +49,10 @@ def train_images(method: Method, config: Any) -> None:
             f"--batch-size {config.loop.batch_size} does not fall evenly on {data_shards(mesh)} batch shards and "
             f"{config.loop.microbatches} microbatches; give a multiple of {multiple}"
         )
-    keep_config(out, record)
     model = open_images(config.model.model, config.model)
+    if not method.columns:
+        check_objective(method, config, model.process)
+    keep_config(out, record)
     adapted = adapted_pipeline(model, config.adapters)
     data = prepare_images(config, method, model, mesh, out)
     job = job_of(method, config, adapted, data, out)
@@ -62,67 +60,6 @@ def train_images(method: Method, config: Any) -> None:
     if is_first():
         rate = outcome.tokens_per_second
         summarise(method.slug, config, out, outcome, resumed, {"images_per_second": rate}, f"{rate:.2f} images/s")
-
-
-def check_image_options(method: Method, config: Any) -> None:
-    """Raise UsageError for what is missing or out of range, and for options that would have no effect."""
-    if method.online:
-        raise UsageError(
-            f"{method.slug} learns from samples of its own policy, which are judged as it goes on: it has no data to "
-            f"train on; `{method.module.__name__}` has its parts for a loop of one's own"
-        )
-    given = (("model", config.model.model), ("data", config.data.data), ("out", config.loop.out))
-    if missing := [option(name) for name, value in given if not value]:
-        raise UsageError(f"train {method.slug} needs {', '.join(missing)}")
-    for part in (config.model, config.adapters, config.data, config.loop, config.optimizer):
-        check_ranges(part)
-    check_optimizer(config.optimizer)
-    check_course(config.data, config.loop)
-    names = {
-        "--reference-model": config.model.reference_model is not None,
-        "--reference-update-every": config.loop.reference_update_every > 0,
-    }
-    if (idle := [name for name, used in names.items() if used]) and not method.reference:
-        raise UsageError(f"{', '.join(idle)} has no effect: {method.slug} reads no reference")
-    usual, chosen = ImageAdapterConfig(), config.adapters
-    changed = [
-        option(name)
-        for name in ("lora_alpha", "lora_targets", "rslora", "dora")
-        if getattr(chosen, name) != getattr(usual, name)
-    ]
-    if changed and not chosen.lora_rank:
-        raise UsageError(f"{', '.join(changed)} has no effect without --lora-rank")
-    if not chosen.lora_rank:
-        return
-    check_adapter_course(config.loop, config.optimizer)
-    if config.model.reference_model is not None:
-        raise UsageError(
-            "--reference-model needs a second frozen base beside that of the adapters; leave it out: the base is then "
-            "the reference"
-        )
-
-
-def check_loss_options(method: Method, config: Any) -> None:
-    """Raise UsageError if the loss refuses its hyper-parameters, before data and weights are read.
-
-    The loss is traced on one row; one that reads columns, whose shapes are not known yet, is left for the first step.
-    """
-    needs = read_needs(method.loss)
-    if any(origin(name).maker == "column" for name in needs.arrays):
-        return
-    axes = {"error_map": 2, "frame_error": 1, "pred": 3, "target": 3}
-    arrays = {}
-    for name in needs.arrays:
-        source = origin(name)
-        images = (source.side is None and source.maker in ("policy", "reference")) or name == "valid"
-        arrays[name] = jnp.ones((1,) * (1 + images + axes.get(source.statistic, 0)))
-    hyper = {name: value for name, value in hyper_parameters(config).items() if name in needs.hyper}
-    special = {"loss_state": initial_loss_state(method)} if needs.state else {}
-    special |= {"key": jax.random.key(0)} if needs.key else {}
-    try:
-        jax.eval_shape(partial(method.loss, **hyper), **arrays, **special)
-    except ValueError as error:
-        raise UsageError(f"{method.slug}: {error}") from error
 
 
 def job_of(method: Method, config: Any, adapted: AdaptedPipeline, data: PreparedImages, out: Path) -> Job:

@@ -59,8 +59,15 @@ def test_methods_that_learn_from_their_own_samples(tmp_path, method):
 @pytest.mark.parametrize(
     ("method", "options", "said"),
     [
-        ("diffusion-dpo", "--beta -1", "beta is -1"),
-        ("dmpo", "--beta nan", "beta is nan"),
+        ("dmpo", "--beta nan", "--beta is nan"),
+        ("smpo", "--score-min nan", "--score-min is nan"),
+        ("smpo", "--calls 0", "--calls is 0"),
+        ("smpo", "--inversion-steps 0", "--inversion-steps is 0"),
+        ("self-npo", "--rollout-steps 0", "--rollout-steps is 0"),
+        ("self-npo", "--grid 0", "--grid is 0"),
+        ("inversion-dpo", "--trajectory-steps 0", "--trajectory-steps is 0"),
+        ("inversion-dpo", "--guidance nan", "--guidance is nan"),
+        ("inpo", "--eta 2", "--eta is 2"),
         ("diffusion-dpo", "--batch-size 0", "--batch-size is 0"),
         ("diffusion-dpo", "--steps 0", "--steps is 0"),
         ("diffusion-dpo", "--microbatches 0", "--microbatches is 0"),
@@ -111,6 +118,43 @@ def test_options_out_of_range_or_without_effect(tmp_path, method, options, said)
 )
 def test_options_that_do_not_fit_the_model(model, pairs, tmp_path, options, said):
     assert_refused(train(model, pairs, tmp_path / "out", *options.split()), said)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        ("diffusion-dpo", "--beta -1", "diffusion-dpo --beta -1.0: beta is -1.0; give"),
+        ("inversion-dpo", "--trajectory-steps 1001", "inversion-dpo --trajectory-steps 1001: 1001 sampling steps of"),
+        ("inversion-dpo", "--sign 3", "inversion-dpo --sign 3.0: sign is 3.0"),
+        ("smpo", "--gamma 0", "smpo --gamma 0.0: gamma is 0.0"),
+        ("smpo", "--score-min 1", "smpo --score-min 1.0 --score-max 0.28201571106910706: score_max - score_min is"),
+        ("smpo", "--inversion-steps 2000", "smpo --inversion-steps 2000: 2000 sampling steps of"),
+        ("rankdpo", "--beta -1", "rankdpo --beta -1.0: beta is -1.0"),
+    ],
+)
+def test_what_a_loss_or_its_inputs_refuse_is_said_before_anything_is_encoded(
+    model, pairs, tmp_path, method, options, said
+):
+    out = tmp_path / "out"
+    assert_refused(train(model, pairs, out, "--held-out", 0, *options.split(), method=method), said)
+    assert not list(out.glob("cache/*.safetensors"))
+    assert (method in ("smpo", "rankdpo")) == out.exists()  # the others read no columns, and so were not read for
+
+
+def test_options_that_do_not_fit_what_the_model_was_trained_to_undo(pairs, tmp_path):
+    flow = make_tiny_pipeline(tmp_path / "flow", "sd3")
+    answer = train(flow, tmp_path / "no data", tmp_path / "out", method="inpo")
+    assert_refused(answer, "inpo --eta 0.1: eta is 0.1, and straight paths have no posterior")
+    assert not (tmp_path / "out").exists()
+    answer = train(flow, tmp_path / "no data", tmp_path / "out", "--eta", 0, method="inpo")
+    assert_refused(answer, "no such file")
+
+
+def test_columns_that_do_not_fit_the_loss(model, pairs, tmp_path):
+    rows = change_rows(pairs, lambda number, row: {**row, "chosen_score": [1.0, 2.0]})
+    answer = train(model, rows, tmp_path / "out", "--held-out", 0, method="smpo")
+    assert_refused(answer, "smpo: columns of the shapes chosen_score [2], rejected_score [] give a row 2 losses")
+    assert not list((tmp_path / "out").glob("cache/*.safetensors"))
 
 
 def test_a_model_that_is_no_pipeline(pairs, tmp_path):
@@ -240,10 +284,10 @@ def test_options_of_evaluate(model, tmp_path, monkeypatch, options, said):
 
 def test_models_of_another_shape(model, pairs, tmp_path):
     other = make_tiny_pipeline(tmp_path / "xl", "sdxl")
-    given = ("--model", model, "--prompt", "x")
-    said = (str(other), "another shape")
-    assert_refused(command("generate", *given, "--out", tmp_path / "o", "--negative-model", other), *said)
-    assert_refused(command("evaluate", *given, "--samples", 2, "--reference-model", other), *said)
+    said = (str(other), "they differ in kind")
+    given = ("generate", "--model", model, "--prompt", "x", "--out", tmp_path / "o", "--negative-model", other)
+    assert_refused(command(*given), *said)
+    assert_refused(train(model, pairs, tmp_path / "out", "--reference-model", other), *said)
 
 
 def test_rows_without_a_caption(model, tmp_path):

@@ -26,6 +26,8 @@ class ImageModelConfig:
     """Type of the parameters and of the optimizer's moments; adapters are float32."""
     remat: Literal["none", "full"] = "none"
     """What a block's backward pass computes again to save memory: nothing, or everything."""
+    vae_tiling: bool = False
+    """Encode images larger than the autoencoder's own size in tiles, which saves memory; seams are blended."""
     start_noise: float | None = None
     """Noise on the policy's parameters at the start, as a share of their deviation; by default 0, or what a method
     needs that cannot start at its reference. With adapters it is on lora_b, as a share of the kernels' deviation."""

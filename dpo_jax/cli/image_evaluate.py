@@ -12,7 +12,7 @@ from dpo_jax.cli.configs import MeshConfig
 from dpo_jax.cli.console import OutputConfig, UsageError, result, say
 from dpo_jax.cli.image_configs import ImageModelConfig
 from dpo_jax.cli.image_generate import conditions_of, load_with_adapter, read_prompts, require_adapter, write_images
-from dpo_jax.cli.image_models import HUB_ID, open_images
+from dpo_jax.cli.image_models import HUB_ID, OpenPipeline, open_images
 from dpo_jax.cli.image_sampling import ImageSampler, SamplingConfig, check_sampling
 from dpo_jax.cli.image_texts import open_t5, require_states
 from dpo_jax.cli.processes import is_first, join_processes
@@ -33,7 +33,7 @@ class ImageEvaluateConfig:
     prompt: tuple[str, ...] = ()
     """Prompts."""
     reference_model: str | None = None
-    """The model that it was trained from, for win rates."""
+    """The model that it was trained from, or another one with latents of the same shape, for win rates."""
     adapter: str | None = None
     """File or folder of an adapter of the model, in diffusers' naming."""
     reward: tuple[Literal["pickscore", "hps", "clip", "aesthetic"], ...] = ()
@@ -53,6 +53,8 @@ class ImageEvaluateConfig:
     """Folder for the images; they are not kept without it."""
     batch_size: int = 8
     """Images at a time."""
+    vae_tiling: bool = False
+    """Decode images larger than the autoencoder's own size in tiles, which saves memory; seams are blended."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type that the denoisers compute in."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -63,7 +65,7 @@ def evaluate_images(config: ImageEvaluateConfig) -> None:
     """Draw, score and print.
 
     Raises:
-      UsageError: options missing, out of range or without effect; a reference of another shape.
+      UsageError: options missing, out of range or without effect; a reference with latents of another shape.
     """
     check_ranges(config)
     check_sampling(config.sampling)
@@ -79,22 +81,23 @@ def evaluate_images(config: ImageEvaluateConfig) -> None:
     if config.mesh.distributed:
         join_processes()
     mesh = mesh_of(config.mesh)
-    options = ImageModelConfig(dtype=config.dtype, param_dtype=config.dtype)
+    options = ImageModelConfig(dtype=config.dtype, param_dtype=config.dtype, vae_tiling=config.vae_tiling)
     model = open_images(config.model, options)
     folders = {"model": (model, config.adapter)}
     if config.reference_model is not None:
         other = open_images(config.reference_model, options)
-        if other.config != model.config:
-            raise UsageError(f"{config.reference_model} has another shape than {config.model}")
+        require_same_noise(model, other, config.sampling)
         folders["reference"] = (other, None)
-    t5 = open_t5(model, config.t5_states)
-    require_states(t5, [*prompts, config.sampling.negative_prompt])
-    sampler = ImageSampler(model, config.sampling, mesh, batch_size=config.batch_size)
-    conditions, empty = conditions_of(model, prompts, config.sampling, t5)
-    repeated = [condition for condition in conditions for _ in range(config.samples)]
+    states = {name: open_t5(opened, config.t5_states) for name, (opened, _) in folders.items()}
+    for t5 in states.values():
+        require_states(t5, [*prompts, config.sampling.negative_prompt])
     images: dict[str, np.ndarray] = {}
     for name, (opened, adapter) in folders.items():
-        say(f"{len(repeated)} images of {opened.pipeline.folder}")
+        # Each with its own text encoders, process and autoencoder: the models are judged, not their denoisers.
+        say(f"{len(prompts) * config.samples} images of {opened.pipeline.folder}")
+        sampler = ImageSampler(opened, config.sampling, mesh, batch_size=config.batch_size)
+        conditions, empty = conditions_of(opened, prompts, config.sampling, states[name])
+        repeated = [condition for condition in conditions for _ in range(config.samples)]
         variables = load_with_adapter(opened, adapter, mesh)
         images[name] = sampler(variables, repeated, empty, range(len(repeated)), config.seed)
         if config.out is not None and is_first():
@@ -114,6 +117,20 @@ def evaluate_images(config: ImageEvaluateConfig) -> None:
     if is_first():
         text = table([(name, f"{value:.4f}") for name, value in values.items()], ("measure", "value"))
         result({"model": config.model, **values}, text, as_json=config.output.json)
+
+
+def require_same_noise(model: OpenPipeline, other: OpenPipeline, config: SamplingConfig) -> None:
+    """Raise UsageError if two pipelines' latents have other shapes, so that a seed gives them other noise."""
+
+    def shape(one: OpenPipeline) -> list[int]:
+        sides = (config.height or one.resolution, config.width or one.resolution)
+        return [*(side // one.factor for side in sides), one.config.in_channels]
+
+    if shape(other) != shape(model):
+        raise UsageError(
+            f"{other.pipeline.folder} has latents of {shape(other)} and {model.pipeline.folder} of {shape(model)}; "
+            "win rates are of images from the same noise, which needs one shape"
+        )
 
 
 def check_rewards(config: ImageEvaluateConfig) -> None:

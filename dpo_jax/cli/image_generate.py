@@ -16,7 +16,7 @@ from dpo_jax.cli.checks import check_ranges, mesh_of
 from dpo_jax.cli.configs import MeshConfig
 from dpo_jax.cli.console import OutputConfig, UsageError, result
 from dpo_jax.cli.image_configs import ImageModelConfig
-from dpo_jax.cli.image_models import OpenPipeline, open_images
+from dpo_jax.cli.image_models import OpenPipeline, open_images, require_alike
 from dpo_jax.cli.image_sampling import ImageSampler, SamplingConfig, check_sampling, grid_of
 from dpo_jax.cli.image_texts import open_t5, require_states, text_encoder
 from dpo_jax.cli.processes import is_first, join_processes
@@ -45,7 +45,8 @@ class ImageGenerateConfig:
     adapter: str | None = None
     """File or folder of an adapter in diffusers' naming, which is merged into the model."""
     negative_model: str | None = None
-    """Another pipeline of the same shape whose denoiser serves the negative branch of guidance (arXiv 2505.11245)."""
+    """Another pipeline, alike but for its weights, whose denoiser serves the negative branch of guidance (arXiv
+    2505.11245)."""
     t5_states: str | None = None
     """File or folder of T5 states of the prompts and the negative prompt (`write_t5_states`), for SD3; else zeros."""
     samples: int = 1
@@ -55,6 +56,8 @@ class ImageGenerateConfig:
     """Of all noise; image n of a prompt has the same noise whatever else is drawn with it."""
     batch_size: int = 8
     """Images at a time."""
+    vae_tiling: bool = False
+    """Decode images larger than the autoencoder's own size in tiles, which saves memory; seams are blended."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type that the denoiser computes in."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -65,7 +68,7 @@ def generate_images(config: ImageGenerateConfig) -> None:
     """Draw images, and write them.
 
     Raises:
-      UsageError: options missing, out of range or without effect; a negative model of another shape.
+      UsageError: options missing, out of range or without effect; a negative model that is not alike.
     """
     check_ranges(config)
     check_sampling(config.sampling, negative_model=config.negative_model is not None)
@@ -78,13 +81,12 @@ def generate_images(config: ImageGenerateConfig) -> None:
     if config.mesh.distributed:
         join_processes()
     mesh = mesh_of(config.mesh)
-    options = ImageModelConfig(dtype=config.dtype, param_dtype=config.dtype)
+    options = ImageModelConfig(dtype=config.dtype, param_dtype=config.dtype, vae_tiling=config.vae_tiling)
     model = open_images(config.model, options)
     other = None
     if config.negative_model is not None:
         other = open_images(config.negative_model, options)
-        if other.config != model.config:
-            raise UsageError(f"{config.negative_model} has another shape than {config.model}")
+        require_alike(model, other)
     t5 = open_t5(model, config.t5_states)
     sampler = ImageSampler(model, config.sampling, mesh, batch_size=config.batch_size, two_networks=other is not None)
     require_states(t5, [*prompts, config.sampling.negative_prompt])

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,9 @@ from dpo_jax.sharding import BATCH_AXES, P, Rules, shard_batch
 from dpo_jax.types import Array, PyTree
 
 Entries = list[dict[str, np.ndarray]]
+TILE_STEP = 4  # latents that a tile's side is a multiple of
+_SHOWN = 4  # facts that an error names
+_PASSED_OVER = {"autoencoder (sample_size)", "autoencoder (force_upcast)"}
 HUB_ID = r"[\w.-]+/[\w.-]+"
 
 
@@ -40,9 +43,11 @@ class OpenPipeline:
 
     Attributes:
       pipeline: its configs; the denoiser's says how it runs.
+      vae_tiling: whether images larger than the autoencoder's own size are encoded and decoded in tiles of that size.
     """
 
     pipeline: Pipeline
+    vae_tiling: bool = False
 
     @property
     def config(self) -> Any:
@@ -115,7 +120,9 @@ class OpenPipeline:
 
     def image_fingerprint(self) -> str:
         """Says what latents are made by."""
-        return "pixels" if self.pipeline.autoencoder is None else self._fingerprint("vae")
+        if self.pipeline.autoencoder is None:
+            return "pixels"
+        return self._fingerprint("vae") + (" in tiles" if self.vae_tiling else "")
 
     def text_fingerprint(self) -> str:
         """Says what text states are made by."""
@@ -132,7 +139,7 @@ def open_images(model: str, options: ImageModelConfig) -> OpenPipeline:
     """Open a diffusers folder or hub id; reads configs and tokenizers, not yet weights.
 
     Raises:
-      UsageError: a folder that does not exist or is no pipeline.
+      UsageError: a folder that does not exist or is no pipeline; tiles that its autoencoder cannot have.
       WeightsError: not a pipeline that can be read.
     """
     folder = Path(model)
@@ -145,7 +152,47 @@ def open_images(model: str, options: ImageModelConfig) -> OpenPipeline:
         raise UsageError(f"{folder} is no diffusers pipeline: it has no model_index.json")
     opened = open_pipeline(folder if folder.exists() else model)
     denoiser = replace(opened.denoiser, dtype=options.dtype, param_dtype=options.param_dtype, remat=options.remat)
-    return OpenPipeline(replace(opened, denoiser=denoiser))
+    if options.vae_tiling:
+        _check_tiles(opened)
+    return OpenPipeline(replace(opened, denoiser=denoiser), options.vae_tiling)
+
+
+def _check_tiles(pipeline: Pipeline) -> None:
+    if pipeline.autoencoder is None:
+        raise UsageError(f"--vae-tiling has no effect: {pipeline.folder} is a model of pixels")
+    size, step = pipeline.autoencoder.sample_size, TILE_STEP * pipeline.autoencoder.factor
+    if size % step:
+        raise UsageError(
+            f"--vae-tiling: the autoencoder of {pipeline.folder} has a size of {size}, no multiple of {step}"
+        )
+
+
+def require_alike(model: OpenPipeline, other: OpenPipeline) -> None:
+    """Raise UsageError if another pipeline's denoiser cannot take the model's latents, noise and text states.
+
+    The shapes of all parts and the noise that the denoisers undo have to be the same; weights may differ.
+    """
+    mine, theirs = _facts(model), _facts(other)
+    differing = [name for name in {**mine, **theirs} if name not in mine or mine[name] != theirs.get(name)]
+    if differing:
+        rest = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
+        raise UsageError(
+            f"{other.pipeline.folder} does not fit {model.pipeline.folder}; they differ in "
+            f"{', '.join(differing[:_SHOWN])}{rest}"
+        )
+
+
+def _facts(model: OpenPipeline) -> dict[str, Any]:
+    """Name -> all that two pipelines must agree in before one can stand beside the other."""
+    pipeline, process = model.pipeline, model.process
+    levels = None if process.schedule is None else process.schedule.alphas_cumprod.tolist()
+    facts = {"kind": pipeline.kind, "prediction type": process.parameterisation, "noise": (levels, process.shift)}
+    parts = {"denoiser": pipeline.denoiser, "autoencoder": pipeline.autoencoder}
+    parts |= {f"text encoder {number}": encoder for number, encoder in enumerate(pipeline.encoders, 1)}
+    for name, part in parts.items():
+        facts |= {} if part is None else {f"{name} ({key})": value for key, value in asdict(part).items()}
+    # The size that an autoencoder was trained at and the type that it computes in change nothing in its latents.
+    return {name: value for name, value in facts.items() if name not in _PASSED_OVER}
 
 
 def image_encoder(model: OpenPipeline, mesh: Mesh) -> Callable[[np.ndarray], Entries]:
@@ -161,7 +208,7 @@ def image_encoder(model: OpenPipeline, mesh: Mesh) -> Callable[[np.ndarray], Ent
     assert config is not None
 
     def moments(variables: PyTree, images: Array) -> tuple[Array, Array]:
-        posterior = apply(variables, images, method="encode")
+        posterior = apply(variables, images, method="tiled_encode" if model.vae_tiling else "encode")
         spread = to_latents(config, jnp.exp(posterior.log_variance / 2)) - to_latents(config, jnp.zeros(()))
         return to_latents(config, posterior.mean), spread
 
@@ -185,7 +232,8 @@ def image_decoder(model: OpenPipeline, mesh: Mesh) -> Callable[[Array], Array]:
     variables, apply = load_autoencoder(model.pipeline, mesh=mesh), autoencoder_function(config)
 
     def decode(variables: PyTree, latents: Array) -> Array:
-        return jnp.clip(apply(variables, from_latents(config, latents), method="decode"), -1, 1)
+        method = "tiled_decode" if model.vae_tiling else "decode"
+        return jnp.clip(apply(variables, from_latents(config, latents), method=method), -1, 1)
 
     compiled = jax.jit(decode)
     return lambda latents: compiled(variables, latents)

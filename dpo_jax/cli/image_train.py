@@ -15,7 +15,7 @@ from dpo_jax.cli.console import UsageError, say
 from dpo_jax.cli.image_adapters import AdaptedPipeline, adapted_pipeline, frozen_part, write_pipeline
 from dpo_jax.cli.image_checks import check_image_options, check_objective
 from dpo_jax.cli.image_data import PreparedImages, prepare_images
-from dpo_jax.cli.image_models import open_images
+from dpo_jax.cli.image_models import OpenPipeline, open_images, require_alike
 from dpo_jax.cli.image_texts import condition_of
 from dpo_jax.cli.job import Job, hyper_parameters, keep_config, run_job, summarise
 from dpo_jax.cli.processes import is_first, join_processes
@@ -50,20 +50,41 @@ def train_images(method: Method, config: Any) -> None:
             f"{config.loop.microbatches} microbatches; give a multiple of {multiple}"
         )
     model = open_images(config.model.model, config.model)
+    reference = open_reference(config, model)
     if not method.columns:
         check_objective(method, config, model.process)
     keep_config(out, record)
     adapted = adapted_pipeline(model, config.adapters)
     data = prepare_images(config, method, model, mesh, out)
-    job = job_of(method, config, adapted, data, out)
+    job = job_of(method, config, adapted, data, out, reference)
     outcome, resumed = run_job(job, config, mesh, record, out)
     if is_first():
         rate = outcome.tokens_per_second
         summarise(method.slug, config, out, outcome, resumed, {"images_per_second": rate}, f"{rate:.2f} images/s")
 
 
-def job_of(method: Method, config: Any, adapted: AdaptedPipeline, data: PreparedImages, out: Path) -> Job:
-    """The run that the options ask for."""
+def open_reference(config: Any, model: OpenPipeline) -> OpenPipeline | None:
+    """The reference that --reference-model names; UsageError if it cannot stand beside the model."""
+    if config.model.reference_model is None:
+        return None
+    reference = open_images(config.model.reference_model, config.model)
+    require_alike(model, reference)
+    return reference
+
+
+def job_of(
+    method: Method,
+    config: Any,
+    adapted: AdaptedPipeline,
+    data: PreparedImages,
+    out: Path,
+    reference: OpenPipeline | None,
+) -> Job:
+    """The run that the options ask for.
+
+    Args:
+      reference: another one than the policy at the start, or None.
+    """
     model, loop = adapted.model, config.loop
     place = {"host": jax.process_index(), "hosts": jax.process_count()}
     process = replace(model.process, empty=condition_of(data.cache[data.no_text], model))
@@ -94,12 +115,6 @@ def job_of(method: Method, config: Any, adapted: AdaptedPipeline, data: Prepared
     def variables(mesh: Mesh, key: Array) -> PyTree:
         return adapted.complete(model.load(mesh), key)
 
-    def other_reference(mesh: Mesh) -> PyTree:
-        opened = open_images(config.model.reference_model, config.model)
-        if opened.config != model.config:
-            raise UsageError(f"{config.model.reference_model} has another shape than {config.model.model}")
-        return opened.load(mesh)
-
     return Job(
         slug=method.slug,
         objective=objective,
@@ -111,7 +126,7 @@ def job_of(method: Method, config: Any, adapted: AdaptedPipeline, data: Prepared
         frozen_part=(lambda variables: frozen_part(adapted, variables)) if adapted.holds_frozen else None,
         fingerprint=model.fingerprint(),
         reference=needs_reference(method.loss, method.inputs),
-        other_reference=other_reference if config.model.reference_model is not None else None,
+        other_reference=None if reference is None else reference.load,
         loss_state=initial_loss_state(method),
         steps=data.steps,
         stream=stream,

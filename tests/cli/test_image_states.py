@@ -13,8 +13,11 @@ from dpo_jax.cli import image_evaluate, image_generate, image_train
 from dpo_jax.cli.image_configs import ImageDataConfig, ImageModelConfig
 from dpo_jax.cli.image_data import encode_rows, read_image_rows
 from dpo_jax.cli.image_models import open_images
+from dpo_jax.cli.image_sampling import SamplingConfig
 from dpo_jax.diffusion.data.cache import Cache
 from dpo_jax.diffusion.data.t5_states import open_t5_states, write_t5_states
+from dpo_jax.diffusion.models.folder import load_encoders
+from dpo_jax.diffusion.models.text import encode_text
 from dpo_jax.sharding import make_mesh
 
 PROMPT, OTHER = "a red circle", "a blue square"
@@ -30,6 +33,11 @@ def one_device(monkeypatch):
 @pytest.fixture(scope="module")
 def sd3(tmp_path_factory):
     return make_tiny_images(tmp_path_factory.mktemp("sd3"), "sd3")
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory):
+    return make_tiny_images(tmp_path_factory.mktemp("sdxl"), "sdxl")
 
 
 def captions(rows):
@@ -132,3 +140,22 @@ def test_states_that_do_not_fit(sd3, tmp_path):
     assert_refused(command(*given, tmp_path / "wide"), 2, "states of 7 numbers; the model reads 24")
     (tmp_path / "bare").mkdir()
     assert_refused(command(*given, tmp_path / "bare"), 1, f"{tmp_path / 'bare'} has no states")
+
+
+def test_a_dropped_caption_is_not_a_missing_prompt(sdxl, tmp_path):
+    """SDXL: zeros stand for no prompt at all; the empty caption and an empty prompt are encoded."""
+    model, config = open_images(str(sdxl.model), ImageModelConfig()), ImageDataConfig(encode_batch=8)
+    expected = encode_text(model.pipeline, load_encoders(model.pipeline), ["", PROMPT])
+    rows, seen = read_image_rows([str(sdxl.rows)], config, "pairs", None, 0)
+    cache = Cache(tmp_path / "cache")
+    encoded = encode_rows(rows, seen, (), config, model, make_mesh(devices=jax.devices()[:1]), cache)
+    prompts, away = image_generate.conditions_of(model, ["", PROMPT], SamplingConfig())
+    for name in ("states", "pooled"):
+        wanted = np.asarray(getattr(expected, name))
+        assert np.abs(wanted[0]).max() > 0.1
+        np.testing.assert_allclose(cache[encoded.empty][name], wanted[0], atol=2e-3)
+        np.testing.assert_array_equal(cache[encoded.no_text][name], np.zeros_like(wanted[0]))
+        np.testing.assert_allclose(np.concatenate([getattr(one, name) for one in prompts]), wanted, atol=2e-3)
+        np.testing.assert_array_equal(getattr(away, name)[0], np.zeros_like(wanted[0]))
+    _, away = image_generate.conditions_of(model, [PROMPT], SamplingConfig(negative_prompt="bad"))
+    assert np.abs(away.states).max() > 0.1

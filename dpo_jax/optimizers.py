@@ -66,9 +66,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     decay = {"weight_decay": config.weight_decay, "mask": is_matrix}
     makers: dict[str, Callable[[], optax.GradientTransformation]] = {
         "adamw": lambda: optax.adamw(schedule, b1=config.b1, b2=config.b2, eps=config.epsilon, **decay),
-        "adafactor": lambda: optax.adafactor(
-            schedule, weight_decay_rate=config.weight_decay or None, weight_decay_mask=is_matrix
-        ),
+        "adafactor": lambda: _adafactor(config, schedule),
         "lion": lambda: optax.lion(schedule, b1=config.b1, b2=config.b2, **decay),
         "muon": lambda: _muon(config, schedule),
         "sgd": lambda: optax.chain(
@@ -77,6 +75,20 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     }
     optimizer = makers[config.optimizer]()
     return optax.chain(optax.clip_by_global_norm(config.clip), optimizer) if config.clip > 0 else optimizer
+
+
+def _adafactor(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Adafactor whose steps have the size of the rate and not of the parameters, as recipes for alignment have it.
+
+    So rates mean about what they mean for AdamW. optax would subtract the decay undiminished by the rate.
+    """
+    rule = optax.adafactor(
+        None,
+        multiply_by_parameter_scale=False,
+        weight_decay_rate=config.weight_decay or None,
+        weight_decay_mask=is_matrix,
+    )
+    return optax.chain(rule, optax.scale_by_schedule(schedule))
 
 
 def _muon(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:

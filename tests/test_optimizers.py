@@ -55,6 +55,23 @@ def test_decay_pulls_matrices_and_spares_vectors(name):
         assert np.linalg.norm(a) < np.linalg.norm(b)
 
 
+def test_adafactor_steps_by_the_rate_whatever_the_size_of_the_parameters():
+    """Root mean square of the first step, as the published recipes set the algorithm."""
+    config = OptimizerConfig(optimizer="adafactor", learning_rate=1e-2, schedule="constant", warmup=0)
+    for scale in (1e-3, 1.0, 1e3):
+        values = {"kernel": scale * params()["embed"]["embedding"]}
+        optimizer = make_optimizer(config, 1)
+        updates, _ = optimizer.update({"kernel": jnp.full((6, 8), 3.0)}, optimizer.init(values), values)
+        np.testing.assert_allclose(updates["kernel"], -1e-2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decay_is_in_proportion_to_the_rate(name):
+    config = OptimizerConfig(optimizer=name, learning_rate=0.1, schedule="constant", warmup=0, weight_decay=0.2)
+    kernel = moved(config, 0.0, steps=1)["layers"]["up"]["kernel"]
+    np.testing.assert_allclose(kernel, params()["layers"]["up"]["kernel"] * (1 - 0.1 * 0.2), rtol=1e-5)
+
+
 def test_schedule_warms_up_and_comes_down():
     config = OptimizerConfig(learning_rate=1.0, warmup=4, schedule="linear")
     rates = [float(make_schedule(config, 12)(i)) for i in range(13)]

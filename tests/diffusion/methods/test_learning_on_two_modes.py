@@ -47,7 +47,8 @@ def test_base_has_no_preference():
 
 
 def test_diffusion_dpo():
-    assert after_diffusion_dpo(100.0).preferred > 0.9
+    far = after_diffusion_dpo(100.0)
+    assert far.preferred > 0.9 and far.on_manifold > 0.85
     near = after_diffusion_dpo(500.0)
     assert near.preferred > 0.6 and near.on_manifold > 0.85
 
@@ -55,7 +56,8 @@ def test_diffusion_dpo():
 def test_beta_trades_the_preference_for_the_tie_to_the_reference():
     near, loose = after_diffusion_dpo(500.0), after_diffusion_dpo(100.0)
     assert loose.preferred > near.preferred + 0.1
-    assert after_diffusion_dpo(20.0).on_manifold < near.on_manifold - 0.1  # too loose: the samples leave the data
+    lost = after_diffusion_dpo(20.0)  # too loose: the samples leave the data
+    assert lost.preferred > 0.9 and lost.on_manifold < 0.3
 
 
 def test_fine_tuning_on_the_chosen_images():

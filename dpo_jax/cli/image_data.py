@@ -23,12 +23,13 @@ from dpo_jax.cli.image_models import OpenPipeline, image_encoder
 from dpo_jax.cli.image_texts import lacking, open_t5, require_states, text_encoder, text_key
 from dpo_jax.diffusion.data.batches import ImageExample, steps_per_epoch
 from dpo_jax.diffusion.data.cache import Cache, Entry, content_key, fill
-from dpo_jax.diffusion.data.decoding import THREADS, ImagesChecked, SeenImage, check_images, load_image
+from dpo_jax.diffusion.data.decoding import THREADS, ImagesChecked, check_images, load_image
 from dpo_jax.diffusion.data.forms import FormError, to_form
 from dpo_jax.diffusion.data.images import Bucket, Framing, cut, frame, make_buckets, size_conditions
 from dpo_jax.diffusion.data.parsing import ImageRow
 from dpo_jax.diffusion.data.places import Place
 from dpo_jax.diffusion.data.rows import RowsRead, read_rows
+from dpo_jax.diffusion.data.seen import SeenImage, SeenRecord
 from dpo_jax.diffusion.data.t5_states import T5States
 from dpo_jax.rows import RowError
 from dpo_jax.sharding import data_shards
@@ -60,9 +61,17 @@ class PreparedImages:
 
 
 def read_image_rows(
-    paths: Sequence[str], config: ImageDataConfig, form: str, out: Path | None, seed: int
+    paths: Sequence[str],
+    config: ImageDataConfig,
+    form: str,
+    out: Path | None,
+    seed: int,
+    record: SeenRecord | None = None,
 ) -> tuple[list[ImageRow], Seen]:
     """Rows of a form whose images can all be decoded, and what was seen of them; says what was left out.
+
+    Args:
+      record: of what earlier starts found, whose images are not decoded again.
 
     Raises:
       RowError: a bad row or image, unless they are skipped.
@@ -72,7 +81,7 @@ def read_image_rows(
     read = agreed(lambda: _read(paths, config))
     if read.ties:
         say(f"{len(read.ties)} pairs without a winner left out")
-    checked = _check_images(read.rows, config)
+    checked = _check_images(read.rows, config, record)
     if skipped := [*read.skipped, *checked.skipped]:
         report_skipped(skipped, out)
     if not checked.rows:
@@ -93,7 +102,7 @@ def _read(paths: Sequence[str], config: ImageDataConfig) -> RowsRead:
     return read_rows(paths, on_bad_row=config.on_bad_row, ties=config.ties)
 
 
-def _check_images(rows: list[ImageRow], config: ImageDataConfig) -> ImagesChecked:
+def _check_images(rows: list[ImageRow], config: ImageDataConfig, record: SeenRecord | None) -> ImagesChecked:
     """`check_images`, of which each process does its share: decoding takes far longer than telling what was seen."""
     host, hosts = jax.process_index(), jax.process_count()
     digest = content_key(*[f"{row.number} {row.caption}" for row in rows])
@@ -101,7 +110,8 @@ def _check_images(rows: list[ImageRow], config: ImageDataConfig) -> ImagesChecke
         raise UsageError("processes read other rows than process 0 does; --data must be the same files for all of them")
     # One after another, so that the error of the first process is the one that a single process would raise.
     share = rows[len(rows) * host // hosts : len(rows) * (host + 1) // hosts]
-    mine = agreed(lambda: check_images(share, on_bad_row=config.on_bad_row, **_decode_options(config)))
+    options = _decode_options(config)
+    mine = agreed(lambda: check_images(share, on_bad_row=config.on_bad_row, record=record, **options))
     seen = from_all((mine.images, mine.skipped))
     skipped = [row for _, some in seen for row in some]
     bad = {(row.file, row.number) for row in skipped}
@@ -123,9 +133,13 @@ def prepare_images(config: Any, method: Method, model: OpenPipeline, mesh: Mesh,
     data, seed = config.data, config.loop.seed
     buckets = model_buckets(data, model)  # refused before the data is read
     t5 = open_t5(model, data.t5_states)
-    rows, seen = read_image_rows(data.data, data, method.form, out, seed)
+    folder = Path(data.cache or out / "cache")
+    record = SeenRecord(folder / "seen", **_decode_options(data))
+    if record.broken:
+        say(f"{len(record.broken)} broken files of {record.folder} are passed over; their images are decoded again")
+    rows, seen = read_image_rows(data.data, data, method.form, out, seed, record)
     if data.eval_data:
-        held, more = read_image_rows(data.eval_data, data, method.form, None, seed)
+        held, more = read_image_rows(data.eval_data, data, method.form, None, seed, record)
         train, seen = rows, {**seen, **more}
     else:
         order = np.random.default_rng(seed).permutation(len(rows))
@@ -139,7 +153,7 @@ def prepare_images(config: Any, method: Method, model: OpenPipeline, mesh: Mesh,
         bucket = frame([seen[place].size for place in row.images], buckets).bucket
         size = (bucket.height // model.factor, bucket.width // model.factor)
         check_objective(method, config, model.process, row, size)
-    cache = Cache(data.cache or out / "cache")
+    cache = Cache(folder)
     if cache.broken:
         say(f"{len(cache.broken)} broken files of {cache.folder} are passed over; what they held is made again")
     encoded = encode_rows([*train, *held], seen, method.columns, data, model, mesh, cache, t5)

@@ -12,8 +12,10 @@ from tiny_images import make_image_folder
 from tiny_runs import write_rows
 
 from dpo_jax.cli import image_data
-from dpo_jax.cli.image_configs import ImageDataConfig
-from dpo_jax.cli.image_data import encode_rows, read_image_rows
+from dpo_jax.cli.catalogue import method
+from dpo_jax.cli.configs import LoopConfig
+from dpo_jax.cli.image_configs import ImageDataConfig, image_train_config_class
+from dpo_jax.cli.image_data import encode_rows, prepare_images, read_image_rows
 from dpo_jax.diffusion.data import decoding
 from dpo_jax.diffusion.data.batches import collate
 from dpo_jax.diffusion.data.cache import Cache
@@ -48,6 +50,7 @@ def model(monkeypatch) -> Any:
         size_step=4,
         wants_sizes=True,
         zeroes_no_text=False,
+        t5_width=None,
         made=made,
     )
 
@@ -168,3 +171,36 @@ def test_entries_come_back_after_a_broken_file(model, tmp_path):
     assert len(model.made) > before
     for key, latents in expected.items():
         np.testing.assert_array_equal(again[key]["latents"], latents)
+
+
+def test_a_second_start_decodes_nothing(model, tmp_path, monkeypatch):
+    decoded = []
+    real = decoding.decode
+
+    def decode(place, **options):
+        decoded.append(place)
+        return real(place, **options)
+
+    monkeypatch.setattr(decoding, "decode", decode)
+    folder = make_image_folder(tmp_path / "rows", count=4)
+    others = make_image_folder(tmp_path / "others", count=2, seed=1)
+    (folder / "2_rejected.png").write_bytes(b"no image")
+
+    def start(name="diffusion-dpo"):
+        data = ImageDataConfig(data=(str(folder),), eval_data=(str(others),), encode_batch=3, resolution=16)
+        chosen = method(name)
+        config = image_train_config_class(chosen)(data=data, loop=LoopConfig(batch_size=2))
+        return prepare_images(config, chosen, model, make_mesh(devices=jax.devices()[:1]), tmp_path / "out")
+
+    first = start()
+    checked = 8 + 4
+    assert len(decoded) >= checked + 10  # and once more to encode them
+    listed = (tmp_path / "out" / "skipped_rows.jsonl").read_bytes()
+    before = len(decoded)
+    again = start()
+    assert len(decoded) == before
+    assert [row.images for row in again.train + again.held_out] == [row.images for row in first.train + first.held_out]
+    assert (tmp_path / "out" / "skipped_rows.jsonl").read_bytes() == listed
+    Image.new("RGB", (16, 16), (1, 2, 3)).save(folder / "2_rejected.png")
+    assert len(start().train) == len(first.train) + 1
+    assert len(decoded) == before + 1 + 3  # looked at; its pair is encoded, as three

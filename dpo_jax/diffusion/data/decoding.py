@@ -12,17 +12,11 @@ from dpo_jax.diffusion.data.cache import content_key
 from dpo_jax.diffusion.data.images import MAX_PIXELS, OnMode, decode
 from dpo_jax.diffusion.data.parsing import ImageRow
 from dpo_jax.diffusion.data.places import ImageError, MemoryBytes, MemoryImage, Place, read_bytes
+from dpo_jax.diffusion.data.seen import SeenImage, SeenRecord
 from dpo_jax.rows import OnBadRow, RowError, SkippedRow
 
 T = TypeVar("T")
 THREADS = min(8, os.cpu_count() or 1)  # that decode images; Pillow leaves the interpreter free meanwhile
-
-
-class SeenImage(NamedTuple):
-    """An image that was decoded once: its height and width, and the `content_key` of its bytes."""
-
-    size: tuple[int, int]
-    key: str
 
 
 class ImagesChecked(NamedTuple):
@@ -68,8 +62,15 @@ def check_images(
     on_bad_row: OnBadRow = "error",
     on_mode: OnMode = "convert",
     max_pixels: int = MAX_PIXELS,
+    record: SeenRecord | None = None,
 ) -> ImagesChecked:
     """Decode every image once, some at the same time, so that a bad one is found before a run and not during it.
+
+    Args:
+      rows: with K images each.
+      on_bad_row: "error" raises at the first row with a bad image, "skip" lists it.
+      on_mode, max_pixels: as in `images.decode`.
+      record: of what was found before with the same options, whose images are not decoded; it grows.
 
     Raises:
       RowError: an image that cannot be used (only with "error").
@@ -79,9 +80,22 @@ def check_images(
         if isinstance(place, MemoryImage):
             image = decode(place, on_mode=on_mode, max_pixels=max_pixels)
             return SeenImage(image.shape[:2], content_key(image.shape, image.tobytes()))
-        data = read_bytes(place)
-        image = decode(MemoryBytes(data), on_mode=on_mode, max_pixels=max_pixels)
-        return SeenImage(image.shape[:2], content_key(data))
+        key = None if record is None else record.key(place)
+        found = None if record is None else record.find(key)
+        if found is None:
+            data = read_bytes(place)  # a file that cannot be read now may be read later: not kept
+            try:
+                image = decode(MemoryBytes(data), on_mode=on_mode, max_pixels=max_pixels)
+                found = SeenImage(image.shape[:2], content_key(data))
+            except ImageError as error:
+                if isinstance(error.__context__, MemoryError):
+                    raise
+                found = str(error)
+            if record is not None:
+                record.keep(key, place, found)
+        if isinstance(found, str):
+            raise ImageError(found)
+        return found
 
     def look(row: ImageRow) -> tuple[ImageRow, tuple[SeenImage, ...] | RowError]:
         try:
@@ -92,14 +106,18 @@ def check_images(
     good: list[ImageRow] = []
     found: list[tuple[SeenImage, ...]] = []
     skipped: list[SkippedRow] = []
-    with ThreadPoolExecutor(THREADS) as pool:
-        for row, images in pool.map(look, rows):
-            if not isinstance(images, RowError):
-                good.append(row)
-                found.append(images)
-            elif on_bad_row == "error":
-                pool.shutdown(cancel_futures=True)
-                raise images
-            else:
-                skipped.append(SkippedRow(images.file, images.number, images.reason))
+    try:
+        with ThreadPoolExecutor(THREADS) as pool:
+            for row, images in pool.map(look, rows):
+                if not isinstance(images, RowError):
+                    good.append(row)
+                    found.append(images)
+                elif on_bad_row == "error":
+                    pool.shutdown(cancel_futures=True)
+                    raise images
+                else:
+                    skipped.append(SkippedRow(images.file, images.number, images.reason))
+    finally:
+        if record is not None:
+            record.write()
     return ImagesChecked(good, found, skipped)

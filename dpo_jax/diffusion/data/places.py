@@ -105,6 +105,15 @@ def _parquet_bytes(place: ParquetBytes) -> bytes:
     return value
 
 
+def names_file(place: ParquetBytes) -> bool:
+    """Whether a cell names a file instead of holding bytes; OSError and ImageError as `read_bytes`."""
+    from pyarrow import types
+
+    stat = Path(place.file).stat()
+    cells = _column(place.file, stat.st_mtime_ns, stat.st_size, place.group, place.column)
+    return types.is_struct(cells.type) and _length(cells[place.row]) == 0
+
+
 def _length(cell: Any) -> int:
     """Bytes of a binary cell, or of the `bytes` of a struct, before they are copied."""
     from pyarrow import types

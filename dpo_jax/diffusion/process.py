@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from dpo_jax.diffusion.schedule import Schedule, flow_level, level_at, shift_sigmas
 from dpo_jax.diffusion.transitions import FLOW_TIME
 from dpo_jax.diffusion.types import Level, Parameterisation, TextCondition
+from dpo_jax.ops import require_positive
 from dpo_jax.types import Array, PyTree
 
 # draw(key, shape) -> float32 numbers in [0, 1), the share of the way from clean latents to noise.
@@ -20,9 +21,16 @@ def uniform_density(key: Array, shape: tuple[int, ...]) -> Array:
     return jax.random.uniform(key, shape)
 
 
-def logit_normal_density(key: Array, shape: tuple[int, ...]) -> Array:
-    """Levels in the middle more often: the sigmoid of a standard normal number (arXiv 2403.03206, section 3.1)."""
-    return jax.nn.sigmoid(jax.random.normal(key, shape))
+def logit_normal_density(key: Array, shape: tuple[int, ...], *, mean: float = 0.0, deviation: float = 1.0) -> Array:
+    """Levels in the middle more often: the sigmoid of a normal number (arXiv 2403.03206, section 3.1).
+
+    `functools.partial(logit_normal_density, mean=1.0)` is a process's density that draws noisier levels.
+
+    Raises:
+      ValueError: deviation not positive.
+    """
+    require_positive(deviation=deviation)
+    return jax.nn.sigmoid(mean + deviation * jax.random.normal(key, shape))
 
 
 @dataclass(frozen=True, eq=False)

@@ -198,6 +198,30 @@ def min_snr_weight(level: Level, parameterisation: Parameterisation, *, gamma: f
     return jnp.minimum(jnp.square(alpha), gamma * jnp.square(sigma)) / jnp.square(alpha * a - sigma * b)
 
 
+def min_snr_plus_one_weight(level: Level, *, gamma: float = 5.0) -> Array:
+    """Min-SNR-gamma with 1 added to the SNR, min(SNR + 1, gamma) / (SNR + 1), of the velocity's squared error, float32.
+
+    Without the 1 the velocity's weight is zero at pure noise, and zero terminal SNR teaches its last level nothing.
+    """
+    require_positive(gamma=gamma)
+    alpha, sigma = (jnp.square(jnp.asarray(v, jnp.float32)) for v in level)
+    return jnp.minimum(1.0, gamma * sigma / (alpha + sigma))
+
+
+def sigma_sqrt_weight(sigmas: Array) -> Array:
+    """Weight 1 / s^2 of the squared error at levels of a straight path above 0, float32 ("sigma_sqrt")."""
+    return 1 / jnp.square(jnp.asarray(sigmas, jnp.float32))
+
+
+def cosmap_weight(sigmas: Array) -> Array:
+    """Weight 2 / (pi (1 - 2 s + 2 s^2)) at levels of a straight path, float32 (arXiv 2403.03206, section 3.1).
+
+    A density: with it uniform levels weigh like those of a cosine schedule.
+    """
+    sigmas = jnp.asarray(sigmas, jnp.float32)
+    return 2 / (jnp.pi * (1 - 2 * sigmas + 2 * jnp.square(sigmas)))
+
+
 def predicts_noise(alpha: Table, sigma: Table) -> tuple[float, float]:
     """The model predicts the noise (epsilon)."""
     return 1.0, 0.0

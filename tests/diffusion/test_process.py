@@ -1,5 +1,7 @@
 """Draws of noise levels: their distributions, the published levels of straight paths, and what a level is."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +54,17 @@ def test_levels_of_straight_paths_are_logit_normal_before_the_shift():
     for low, high, share in ((0, 0.5, 0.5), (0.2689414, 0.7310586, 0.6826895), (0.8807971, 1, 0.0227501)):
         inside = ((plain > low) & (plain <= high + 5e-4)).mean()
         assert abs(inside - share) < bounds(share) + 2e-3, (low, high)
+
+
+def test_the_logit_normal_density_is_moved_and_widened():
+    moved = functools.partial(logit_normal_density, mean=0.5, deviation=2.0)
+    draws = np.asarray(moved(KEY, (COUNT,)), np.float64)
+    logits = np.log(draws / (1 - draws))
+    assert logits.mean() == pytest.approx(0.5, abs=0.04) and logits.std() == pytest.approx(2, abs=0.03)
+    process = Process(predicts_flow, density=moved)
+    assert draw_times(process, KEY, (COUNT,)).mean() == pytest.approx(1000 * draws.mean(), abs=1)
+    with pytest.raises(ValueError, match="deviation"):
+        logit_normal_density(KEY, (2,), deviation=0.0)
 
 
 @pytest.mark.parametrize("process", [VP, FLOW], ids=["schedule", "flow"])

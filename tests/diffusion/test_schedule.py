@@ -11,6 +11,7 @@ from dpo_jax.diffusion.schedule import (
     add_noise,
     convert_prediction,
     cosine_schedule,
+    cosmap_weight,
     denoised,
     flow_level,
     flow_sigmas,
@@ -20,6 +21,7 @@ from dpo_jax.diffusion.schedule import (
     level_at,
     linear_schedule,
     linspace_timesteps,
+    min_snr_plus_one_weight,
     min_snr_weight,
     offset_noise,
     prediction_target,
@@ -29,6 +31,7 @@ from dpo_jax.diffusion.schedule import (
     predicts_velocity,
     scaled_linear_schedule,
     shift_sigmas,
+    sigma_sqrt_weight,
     snr,
     trailing_timesteps,
     with_zero_terminal_snr,
@@ -195,6 +198,29 @@ def test_min_snr_weights():
     np.testing.assert_allclose(min_snr_weight(path, predicts_flow), wanted, rtol=1e-5)
     noise_weight = min_snr_weight(level, predicts_noise)
     assert jnp.all(noise_weight <= 1) and jnp.all(jnp.where(snr(level) <= 5, noise_weight == 1, True))
+
+
+def test_min_snr_weights_with_one_added_keep_the_last_level():
+    level = level_at(with_zero_terminal_snr(SD), jnp.array([0, 100, 400, 700, 999]))
+    ratio = np.asarray(snr(level), np.float64) + 1
+    np.testing.assert_allclose(min_snr_plus_one_weight(level), np.minimum(ratio, 5.0) / ratio, rtol=1e-4)
+    assert float(min_snr_plus_one_weight(level)[-1]) == 1 and min_snr_weight(level, predicts_velocity)[-1] < 1e-20
+    with pytest.raises(ValueError, match="gamma"):
+        min_snr_plus_one_weight(level, gamma=0.0)
+
+
+def test_weights_of_straight_paths():
+    sigmas = np.linspace(0, 1, 10_001)
+    weights = np.asarray(cosmap_weight(jnp.asarray(sigmas)), np.float64)
+    assert np.mean((weights[1:] + weights[:-1]) / 2) == pytest.approx(1, abs=1e-6)
+    np.testing.assert_allclose(weights, weights[::-1], rtol=1e-5)
+    np.testing.assert_allclose(weights[[0, 5000]], [2 / np.pi, 4 / np.pi], rtol=1e-6)
+    # The cosine schedule's levels sin / (sin + cos) of uniform angles: equal weight up to each of them.
+    angles = np.array([0.1, 0.25, 0.4, 0.8])
+    reached = np.tan(np.pi / 2 * angles) / (1 + np.tan(np.pi / 2 * angles))
+    inside = [np.mean(np.where(sigmas <= level, weights, 0)) for level in reached]
+    np.testing.assert_allclose(inside, angles, atol=2e-4)
+    np.testing.assert_allclose(sigma_sqrt_weight(jnp.array([0.5, 0.1, 1.0])), [4, 100, 1], rtol=1e-5)
 
 
 @pytest.mark.parametrize("parameterisation", PARAMETERISATIONS)

@@ -20,7 +20,7 @@ from dpo_jax.cli.data import report_skipped
 from dpo_jax.cli.image_checks import check_objective
 from dpo_jax.cli.image_configs import ImageDataConfig
 from dpo_jax.cli.image_models import OpenPipeline, image_encoder
-from dpo_jax.cli.image_texts import lacking, open_t5, require_states, text_encoder, text_key
+from dpo_jax.cli.image_texts import halved, lacking, open_t5, require_states, text_encoder, text_key
 from dpo_jax.diffusion.data.batches import ImageExample, steps_per_epoch
 from dpo_jax.diffusion.data.cache import Cache, Entry, content_key, fill
 from dpo_jax.diffusion.data.decoding import THREADS, ImagesChecked, check_images, load_image
@@ -333,7 +333,7 @@ def _encode_texts(
     encoder = cache_call(lambda: text_encoder(model, t5))
 
     def make(places: list[int]) -> Sequence[Entry]:
-        return encoder()([texts[place] for place in places])
+        return [halved(entry) for entry in encoder()([texts[place] for place in places])]
 
     _fill(cache, keys, make, together, "text states")
 

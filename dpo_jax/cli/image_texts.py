@@ -1,6 +1,6 @@
 """Captions and prompts as the commands encode them: CLIP's states, a T5's that were made before, and no text at all."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -89,6 +89,18 @@ def text_encoder(model: OpenPipeline, t5: T5States | None = None) -> Callable[[S
         return [{name: array[place] for name, array in arrays.items()} for place in range(len(said.states))]
 
     return encode
+
+
+def halved(entry: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """An entry as the cache keeps it: in float16, as latents are, which moves a number by a 2048th part at most.
+
+    Raises:
+      ValueError: a number beyond float16.
+    """
+    for name, array in entry.items():
+        if not np.abs(array).max() <= np.finfo(np.float16).max:
+            raise ValueError(f"{name} of a text reach {np.abs(array).max():g}, which the cache's float16 cannot hold")
+    return {name: array.astype(np.float16) for name, array in entry.items()}
 
 
 def condition_of(entry: dict[str, np.ndarray], model: OpenPipeline) -> TextCondition:

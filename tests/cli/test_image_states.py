@@ -14,6 +14,7 @@ from dpo_jax.cli.image_configs import ImageDataConfig, ImageModelConfig
 from dpo_jax.cli.image_data import encode_rows, read_image_rows
 from dpo_jax.cli.image_models import open_images
 from dpo_jax.cli.image_sampling import SamplingConfig
+from dpo_jax.cli.image_texts import halved
 from dpo_jax.diffusion.data.cache import Cache
 from dpo_jax.diffusion.data.t5_states import open_t5_states, write_t5_states
 from dpo_jax.diffusion.models.folder import load_encoders
@@ -153,9 +154,19 @@ def test_a_dropped_caption_is_not_a_missing_prompt(sdxl, tmp_path):
     for name in ("states", "pooled"):
         wanted = np.asarray(getattr(expected, name))
         assert np.abs(wanted[0]).max() > 0.1
-        np.testing.assert_allclose(cache[encoded.empty][name], wanted[0], atol=2e-3)
+        kept = cache[encoded.empty][name]
+        assert kept.dtype == np.float16
+        np.testing.assert_allclose(kept, wanted[0], rtol=2**-11, atol=1e-5)
         np.testing.assert_array_equal(cache[encoded.no_text][name], np.zeros_like(wanted[0]))
-        np.testing.assert_allclose(np.concatenate([getattr(one, name) for one in prompts]), wanted, atol=2e-3)
+        np.testing.assert_allclose(np.concatenate([getattr(one, name) for one in prompts]), wanted, atol=1e-5)
         np.testing.assert_array_equal(getattr(away, name)[0], np.zeros_like(wanted[0]))
     _, away = image_generate.conditions_of(model, [PROMPT], SamplingConfig(negative_prompt="bad"))
     assert np.abs(away.states).max() > 0.1
+
+
+@pytest.mark.parametrize("number", [7e4, np.inf, np.nan])
+def test_states_beyond_half_precision_are_refused(number):
+    entry = {"states": np.full((2, 3), 6.5e4, np.float32), "pooled": np.full(4, number, np.float32)}
+    with pytest.raises(ValueError, match="pooled of a text reach"):
+        halved(entry)
+    assert halved({"states": entry["states"]})["states"].dtype == np.float16

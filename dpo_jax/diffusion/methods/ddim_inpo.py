@@ -8,9 +8,9 @@ Evidence: inversion loop, fresh noise and loss from the official code, the deriv
     tau  = (x - sqrt(abar_t) x_0) / sqrt(1 - abar_t)                 the noise that the latents stand for
     loss = -log sigmoid(-(beta / 2) [ (|tau - e_theta|^2 - |tau - e_ref|^2)_w - (same)_l ])
 
-The loss is Diffusion-DPO's, and `inpo_inputs` makes the inputs. The reference inverts: with the live policy
-(`inpo_policy_inputs`, the published code) two-dimensional models collapsed. Inverted exactly by the reference, the
-reference's errors vanish and the loss is Inversion-DPO's at one level.
+The loss is Diffusion-DPO's, and `inpo_inputs` makes the inputs. The reference inverts; the published code asks the
+live policy (`inpo_policy_inputs`). Inverted exactly by the reference, the reference's errors vanish and the loss is
+Inversion-DPO's at one level.
 
 >>> import jax.numpy as jnp
 >>> errors = dict(policy_chosen_error=jnp.array([0.1]), policy_rejected_error=jnp.array([0.1]),

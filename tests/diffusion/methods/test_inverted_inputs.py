@@ -303,6 +303,22 @@ def test_inversion_by_the_reference_learns_faster_than_added_noise():
 
 
 @pytest.mark.slow
+def test_inversion_by_the_reference_stays_on_the_data_where_added_noise_leaves_it():
+    base, rows = world.base_model(schedule=SD), world.pairs_of(two_modes.make_pairs(4000, 1))
+
+    def measures(loss, **options):
+        def run(seed):
+            return world.train(loss, rows, beta=20.0, seed=seed, reference=base, process=PROCESS, **options)
+
+        both = jax.vmap(run)(jnp.arange(2))
+        return [world.measures(jax.tree.map(lambda leaf, i=i: leaf[i], both), schedule=SD) for i in range(2)]
+
+    for plain, inverted in zip(measures(diffusion_dpo_loss), measures(inpo_loss, inputs=inpo_inputs)):
+        assert min(plain.preferred, inverted.preferred) > 0.95
+        assert inverted.on_manifold > plain.on_manifold + 0.4, (plain, inverted)
+
+
+@pytest.mark.slow
 def test_smoothed_weights_beat_noisy_labels():
     pairs = two_modes.make_noisy_pairs(10_000, 1)
     hard = world.pairs_of(pairs)

@@ -150,6 +150,20 @@ def test_options_that_do_not_fit_what_the_model_was_trained_to_undo(pairs, tmp_p
     assert_refused(answer, "no such file")
 
 
+def test_scores_by_their_published_names_are_those_that_smpo_reads(model, pairs, tmp_path):
+    def published(number, row):
+        images = {"caption": row["caption"], "image_0": row["rejected"], "image_1": row["chosen"], "label_0": 0}
+        return images | {"ps_score_0": 0.1, "ps_score_1": 0.2}
+
+    rows = change_rows(pairs, published)
+    words = ("--held-out", 0, "--inversion-steps", 2000)  # which is refused once the columns are there
+    answer = train(model, rows, tmp_path / "a", *words, method="smpo")
+    assert_refused(answer, "smpo --inversion-steps 2000")
+    rows = change_rows(pairs, lambda number, row: published(number, row) | {"ps_score_1": "0.2"})
+    answer = train(model, rows, tmp_path / "b", *words, "--on-bad-row", "error", method="smpo")
+    assert_refused(answer, "row 1: ps_score_1 should be a number or a list of numbers, got text '0.2'", code=FAILURE)
+
+
 def test_columns_that_do_not_fit_the_loss(model, pairs, tmp_path):
     rows = change_rows(pairs, lambda number, row: {**row, "chosen_score": [1.0, 2.0]})
     answer = train(model, rows, tmp_path / "out", "--held-out", 0, method="smpo")

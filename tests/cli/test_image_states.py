@@ -1,6 +1,7 @@
 """What models are told besides CLIP's states: a T5's of SD3 from files, and SDXL's two empty prompts."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from dpo_jax.cli.image_configs import ImageDataConfig, ImageModelConfig
 from dpo_jax.cli.image_data import encode_rows, read_image_rows
 from dpo_jax.cli.image_models import open_images
 from dpo_jax.cli.image_sampling import SamplingConfig
-from dpo_jax.cli.image_texts import halved
+from dpo_jax.cli.image_texts import halved, open_t5
 from dpo_jax.diffusion.data.cache import Cache
 from dpo_jax.diffusion.data.t5_states import open_t5_states, write_t5_states
 from dpo_jax.diffusion.models.folder import load_encoders
@@ -170,3 +171,19 @@ def test_states_beyond_half_precision_are_refused(number):
     with pytest.raises(ValueError, match="pooled of a text reach"):
         halved(entry)
     assert halved({"states": entry["states"]})["states"].dtype == np.float16
+
+
+def test_what_stands_for_a_t5_that_is_not_given(sd3, sdxl, tmp_path, capsys):
+    named = shutil.copytree(sd3.model, tmp_path / "named")
+    index = json.loads((named / "model_index.json").read_text())
+    index |= {"text_encoder_3": ["transformers", "T5EncoderModel"], "tokenizer_3": ["transformers", "T5TokenizerFast"]}
+    (named / "model_index.json").write_text(json.dumps(index))
+    for folder, said in ((sd3.model, "and has none: zeros"), (named, "which is not run here; --t5-states gives")):
+        assert open_t5(open_images(str(folder), ImageModelConfig()), None) is None
+        assert said in capsys.readouterr().err
+    assert open_t5(open_images(str(sdxl.model), ImageModelConfig()), None) is None
+    assert capsys.readouterr().err == ""
+    answer = command(
+        "generate", "--model", sdxl.model, "--prompt", "x", "--out", tmp_path / "o", "--t5-states", tmp_path
+    )
+    assert_refused(answer, 2, f"--t5-states has no effect: {sdxl.model} reads no T5")

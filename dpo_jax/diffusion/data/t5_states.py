@@ -74,6 +74,7 @@ def open_t5_states(place: str | Path) -> T5States:
       WeightsError: no such place, a file that is not what its name says, states of several shapes or none.
     """
     place = Path(place)
+    _opened.cache_clear()  # a file of the same name may have been written again
     files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
     where: dict[str, Path] = {}
     shape: tuple[int, ...] | None = None

@@ -178,7 +178,7 @@ def _kind(name: str) -> _Kind:
 def _place(folder: str | Path) -> Path:
     """The folder or file itself, or the folder in the hub's cache."""
     place = Path(folder)
-    if place.suffix in _PICKLED and not place.is_dir():
+    if place.suffix in _PICKLED and place.is_file():
         raise WeightsError(f"{place} would run code when read: {_conversion(place)}")
     return place if place.exists() else local_folder(folder, _PATTERNS)
 

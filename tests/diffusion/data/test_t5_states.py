@@ -34,9 +34,12 @@ def test_a_fingerprint_changes_with_the_file_of_the_text_alone(tmp_path):
     for name, text in (("one", "a"), ("two", "b")):
         save_file({content_key(text): states(0)}, tmp_path / f"{name}.safetensors")
     before = open_t5_states(tmp_path)
+    np.testing.assert_array_equal(before["b"], states(0))
     marks = [before.fingerprint(text) for text in "ab"]
     save_file({content_key("b"): states(1), content_key("c"): states(2)}, tmp_path / "two.safetensors")
+    np.testing.assert_array_equal(before["a"], states(0))
     after = open_t5_states(tmp_path)
+    np.testing.assert_array_equal(after["b"], states(1))
     assert after.fingerprint("a") == marks[0] and after.fingerprint("b") != marks[1]
 
 

@@ -1,6 +1,7 @@
 """What training of diffusion models refuses before any work is done; what both wings share is in `checks`."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from dpo_jax.diffusion.data.parsing import ImageRow
 from dpo_jax.diffusion.objectives import from_loss
 from dpo_jax.diffusion.process import Process
 from dpo_jax.diffusion.types import IMAGES, DiffusionBatch, TextCondition
+from dpo_jax.rows import RowError
 from dpo_jax.types import Array, PyTree
 
 
@@ -56,6 +58,29 @@ def check_image_options(method: Method, config: Any) -> None:
             "--reference-model needs a second frozen base beside that of the adapters; leave it out: the base is then "
             "the reference"
         )
+
+
+def check_columns(method: Method, rows: Sequence[ImageRow]) -> None:
+    """Raise for a column that the method needs and the rows have not (UsageError), or not in one shape (RowError)."""
+    first = rows[0]
+    if missing := [name for name in method.columns if any(name not in row.columns for row in rows)]:
+        raise UsageError(
+            f"{method.slug} needs the columns {', '.join(missing)}, and the rows have "
+            f"{', '.join(sorted(first.columns)) or 'none'}; give each row a number (or numbers) of that name"
+        )
+    for name in method.columns:
+        shapes = []
+        for row in rows:
+            try:
+                shape = np.shape(row.columns[name])
+            except (KeyError, ValueError):
+                reason = f"column {name!r} is absent or has lists of several lengths"
+                raise RowError(row.file, row.number, reason) from None
+            # Lists of images have a number for each, and may differ in length.
+            shapes.append(("K", *shape[1:]) if shape[:1] == (len(row.images),) and row.form == "lists" else shape)
+            if shapes[-1] != shapes[0]:
+                reason = f"column {name!r} has the shape {list(shape)}, but row {first.number} of {first.file} has "
+                raise RowError(row.file, row.number, f"{reason}{list(np.shape(first.columns[name]))}")
 
 
 def check_objective(

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from dpo_jax.cli.catalogue import Method
 from dpo_jax.cli.console import UsageError, say
 from dpo_jax.cli.data import report_skipped
-from dpo_jax.cli.image_checks import check_objective
+from dpo_jax.cli.image_checks import check_columns, check_objective
 from dpo_jax.cli.image_configs import ImageDataConfig
 from dpo_jax.cli.image_models import OpenPipeline, image_encoder
 from dpo_jax.cli.image_texts import halved, lacking, open_t5, require_states, text_encoder, text_key
@@ -166,29 +166,6 @@ def prepare_images(config: Any, method: Method, model: OpenPipeline, mesh: Mesh,
         f"images of {', '.join(f'{height} x {width}' for height, width in shapes)}"
     )
     return PreparedImages(train_examples, held_examples, cache, encoded.empty, encoded.no_text, steps)
-
-
-def check_columns(method: Method, rows: Sequence[ImageRow]) -> None:
-    """Raise for a column that the method needs and the rows have not (UsageError), or not in one shape (RowError)."""
-    first = rows[0]
-    if missing := [name for name in method.columns if any(name not in row.columns for row in rows)]:
-        raise UsageError(
-            f"{method.slug} needs the columns {', '.join(missing)}, and the rows have "
-            f"{', '.join(sorted(first.columns)) or 'none'}; give each row a number (or numbers) of that name"
-        )
-    for name in method.columns:
-        shapes = []
-        for row in rows:
-            try:
-                shape = np.shape(row.columns[name])
-            except (KeyError, ValueError):
-                reason = f"column {name!r} is absent or has lists of several lengths"
-                raise RowError(row.file, row.number, reason) from None
-            # Lists of images have a number for each, and may differ in length.
-            shapes.append(("K", *shape[1:]) if shape[:1] == (len(row.images),) and row.form == "lists" else shape)
-            if shapes[-1] != shapes[0]:
-                reason = f"column {name!r} has the shape {list(shape)}, but row {first.number} of {first.file} has "
-                raise RowError(row.file, row.number, f"{reason}{list(np.shape(first.columns[name]))}")
 
 
 class EncodedRows(NamedTuple):

@@ -4,13 +4,16 @@ Garibi et al. 2024, "ReNoise: Real Image Inversion Through Iterative Noising", a
 Pan et al. 2023, "Effective Real Image Editing with Accelerated Iterative Diffusion Inversion", arXiv 2309.04907 (AIDI).
 Evidence: iteration, averages and regularisers from the official code; AIDI's acceleration is reconstructed.
 
-The iteration and its averages are `inversion.invert` with weights. Here is what acts on one prediction or step:
+The iteration and its averages are `inversion.invert` with weights. Here is what acts on one prediction or step, and
+the loop of all of it:
 
     patch_divergence     sum over patches of | log(v* / v) + (v + (m - m*)^2) / v* - 1 |, moments of 4 x 4 patches
     autocorrelation      mean(n roll(n, r))^2 along rows and columns, on halved images until a side is at most 8
     edit_prediction      e <- e - rate clip(gradient): the two regularisers' step
     accelerated_step     the fixed point of one inverted step by Anderson's mixing of two iterates
     correcting_noise     the noise with which a stochastic step lands where the inversion came from
+    renoise_inversion    few stochastic steps undone with edited predictions and corrected noise, as for SDXL-Turbo
+    replay               the sampler's steps with the noise that it found
 
 The patches span all channels one by one; the published code's unfolding is the same for latents of 4 channels.
 
@@ -21,14 +24,19 @@ The patches span all channels one by one; the published code's unfolding is the 
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from dpo_jax.diffusion.inversion import undo_step
-from dpo_jax.diffusion.schedule import per_example
+from dpo_jax.diffusion.inversion import averaged, undo_step
+from dpo_jax.diffusion.sampler import denoise
+from dpo_jax.diffusion.schedule import add_noise, per_example, predicts_noise
+from dpo_jax.diffusion.transitions import transition
 from dpo_jax.diffusion.types import Parameterisation, Predict, Step, Transition
-from dpo_jax.ops import safe_divide
+from dpo_jax.ops import require_between, safe_divide
 from dpo_jax.types import Array, PyTree
 
 
@@ -138,3 +146,117 @@ def correcting_noise(given: Transition, value: Array) -> Array:
     """The noise with which a stochastic step lands on a value, (value - mean) / std, float32; 0 for a certain step."""
     std = jnp.broadcast_to(per_example(given.std, given.mean), given.mean.shape)
     return safe_divide(value.astype(jnp.float32) - given.mean, std)
+
+
+class Renoised(NamedTuple):
+    """What `renoise_inversion` returns.
+
+    Attributes:
+      latents: float32 [B, ...], at the level of the table's first step.
+      noises: float32 [S, B, ...] of the steps in the order of the sampler, or None for a deterministic table.
+    """
+
+    latents: Array
+    noises: Array | None
+
+
+def renoise_inversion(
+    predict: Predict,
+    latents: Array,
+    steps: Step,
+    condition: PyTree = None,
+    *,
+    key: Array,
+    weights: np.ndarray | None = None,
+    divergence_rate: float = 0.065,
+    correlation_rate: float = 20.0,
+    rounds: int = 4,
+    rolls: int = 5,
+) -> Renoised:
+    """A sampler's steps undone with predictions that are kept like noise; the published recipe of SDXL-Turbo.
+
+    Predictions are edited from the first weighted one on, and their average again. A stochastic step is undone with
+    noise that is drawn first; then that noise is what leads back exactly, so `replay` returns the latents however far
+    the edits went. With both rates 0 and a deterministic table this is `inversion.invert`.
+
+    Args:
+      predict: predicts the noise, without guidance in the recipe.
+      latents: [B, H, W, C], clean and square, sides multiples of 4 and down to 8 of 2.
+      steps: a table without history in the order of the sampler, stochastic or not.
+      condition: leaves [B, ...].
+      key: of the steps' noise, of the noise that the patches are compared with, and of the shifts.
+      weights: of the predictions, [calls] or [S, calls] as in `inversion.invert`; by default the average of the first
+        five of ten below timestep 250 and of the last two above.
+      divergence_rate, correlation_rate: of the edits by `patch_divergence` and `autocorrelation`; 0 leaves one out.
+      rounds: of both edits.
+      rolls: of the second in each round.
+
+    Raises:
+      ValueError: a negative rate, or a table with history.
+    """
+    require_between(0.0, float("inf"), divergence_rate=divergence_rate, correlation_rate=correlation_rate)
+    if steps.history is not None:
+        raise ValueError("only one-step samplers are inverted; give ddim_steps or ddpm_steps")
+    count, start = len(steps.time), latents.astype(jnp.float32)
+    if weights is None:
+        weights = np.where(np.asarray(steps.time)[:, None] < 250, averaged(0, 5, 10), averaged(8, 10))
+    table = np.broadcast_to(weights, (count, weights.shape[-1]))
+    noise_key, fixed_key, edit_key = jax.random.split(key, 3)
+    noises = None if steps.std is None else jax.random.normal(noise_key, (count, *start.shape))
+    fixed = jax.random.normal(fixed_key, start.shape)
+
+    def regular(prediction: Array, target: Array, key: Array) -> Array:
+        def roll(e: Array, key: Array) -> tuple[Array, None]:
+            slope = partial(autocorrelation, key=key)
+            return edit_prediction(e, slope, rate=correlation_rate / rolls, largest=float("inf")), None
+
+        def edit(e: Array, key: Array) -> tuple[Array, None]:
+            if divergence_rate:
+                e = edit_prediction(e, partial(patch_divergence, target=target), rate=divergence_rate)
+            return (jax.lax.scan(roll, e, jax.random.split(key, rolls)) if correlation_rate else (e, None))[0], None
+
+        return jax.lax.scan(edit, prediction, jax.random.split(key, rounds))[0]
+
+    def undo(state: Array, inputs: tuple[Step, Array, Array, Array | None, Array]) -> tuple[Array, Array | None]:
+        step, row, edited, noise, step_key = inputs
+        times = jnp.broadcast_to(jnp.asarray(step.time, jnp.float32), state.shape[:1])
+        target = predict(add_noise(start, fixed, step.level), times, condition)
+        landing = state if noise is None or step.std is None else state - per_example(step.std, state) * noise
+        last_key, *keys = jax.random.split(step_key, row.shape[0] + 1)
+
+        def refine(carry: tuple[Array, Array], inputs: tuple[Array, Array, Array]):
+            (guess, total), (weight, edit, edit_key) = carry, inputs
+            said = predict(guess, times, condition).astype(jnp.float32)
+            said = jax.lax.cond(edit, regular, lambda e, *_: e, said, target, edit_key)
+            return (undo_step(landing, said, step, predicts_noise), total + weight * said), None
+
+        (_, said), _ = jax.lax.scan(refine, (state, jnp.zeros_like(state)), (row, edited, jnp.stack(keys)))
+        before = undo_step(landing, regular(said, target, last_key), step, predicts_noise)
+        if noise is None:
+            return before, None
+        given = transition(step, denoise(predict, before, step, condition, predicts_noise))
+        return before, correcting_noise(given, state)
+
+    inputs = (steps, jnp.asarray(table, jnp.float32), jnp.cumsum(table, axis=1) > 0, noises)
+    reverse = jax.tree.map(lambda leaf: leaf[::-1], inputs)
+    end, found = jax.lax.scan(undo, start, (*reverse, jax.random.split(edit_key, count)))
+    return Renoised(end, None if found is None else found[::-1])
+
+
+def replay(
+    predict: Predict, latents: Array, steps: Step, noises: Array | None = None, condition: PyTree = None
+) -> Array:
+    """A sampler's latents with the noise of each step given, float32 [B, ...].
+
+    Args:
+      predict: predicts the noise.
+      latents, noises: as in `Renoised`.
+      steps, condition: as in `renoise_inversion`.
+    """
+
+    def advance(state: Array, inputs: tuple[Step, Array | None]) -> tuple[Array, None]:
+        step, noise = inputs
+        given = transition(step, denoise(predict, state, step, condition, predicts_noise))
+        return given.mean if noise is None else given.mean + per_example(given.std, given.mean) * noise, None
+
+    return jax.lax.scan(advance, latents.astype(jnp.float32), (steps, noises))[0]

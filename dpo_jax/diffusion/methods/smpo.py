@@ -10,7 +10,8 @@ Evidence: weights, inversion loop and loss from the official code, the mixture b
     loss = -log sigmoid(z)
 
 Images of equal score give log 2 and no gradient. Weight 1 and plainly noised latents: Diffusion-DPO. The model that
-inverts is the reference; `smpo_policy_inputs` has the published code's live policy, which collapsed in two dimensions.
+inverts is the reference; `smpo_policy_inputs` has the published code's live policy, which leaves the data of the
+two-mode world sooner where beta is small.
 The scores' ends are PickScore's cosines on Pick-a-Pic v2; other scorers need their own.
 
 >>> import jax.numpy as jnp

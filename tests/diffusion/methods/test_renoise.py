@@ -6,16 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from exact_models import gaussian_model
 
-from dpo_jax.diffusion.inversion import fixed_point, invert
+from dpo_jax.diffusion.inversion import averaged, fixed_point, invert
 from dpo_jax.diffusion.methods.renoise import (
     accelerated_step,
     autocorrelation,
     correcting_noise,
     edit_prediction,
     patch_divergence,
+    renoise_inversion,
+    replay,
 )
-from dpo_jax.diffusion.schedule import leading_timesteps, predicts_noise, scaled_linear_schedule
+from dpo_jax.diffusion.sampler import dpm_solver_steps, sample
+from dpo_jax.diffusion.schedule import leading_timesteps, predicts_noise, scaled_linear_schedule, trailing_timesteps
 from dpo_jax.diffusion.transitions import ddim_steps, draw, take_steps
 from dpo_jax.diffusion.types import Transition
 
@@ -156,3 +160,58 @@ def test_corrected_noise_lands_on_the_value():
     np.testing.assert_allclose(
         correcting_noise(Transition(mean, std), drawn)[:3], jax.random.normal(KEY, (4, 3))[:3], atol=1e-4
     )
+
+
+# The loop
+
+FOUR = trailing_timesteps(4)
+EXACT = gaussian_model(SD, predicts_noise)
+
+
+def smooth_images():
+    """Images whose plain inversion is as smooth as they are: the exact model of independent pixels keeps patterns."""
+    coarse = 0.6 + 0.4 * jax.random.normal(KEY, (2, 4, 4, 4))
+    return jnp.repeat(jnp.repeat(coarse, 4, 1), 4, 2)
+
+
+def mean_autocorrelation(noise):
+    return float(np.mean([autocorrelation(noise, jax.random.key(seed)).mean() for seed in range(8)]))
+
+
+def test_edits_make_the_inverted_latents_more_like_noise_and_the_corrected_noise_leads_back():
+    steps, images = ddim_steps(SD, FOUR, eta=1.0), smooth_images()
+    white = jax.random.normal(jax.random.key(1), images.shape)
+
+    def run(images, rates):
+        found = renoise_inversion(EXACT, images, steps, key=jax.random.key(2), **rates)
+        return found.latents, replay(EXACT, found.latents, steps, found.noises)
+
+    plain, plain_end = jit(partial(run, rates={"divergence_rate": 0.0, "correlation_rate": 0.0}))(images)
+    edited, edited_end = jit(partial(run, rates={}))(images)
+    assert mean_autocorrelation(edited) < 0.5 * mean_autocorrelation(plain)
+    assert float(patch_divergence(edited, white).mean()) < 0.8 * float(patch_divergence(plain, white).mean())
+    assert float(jnp.abs(edited - plain).mean()) > 0.1
+    for end in (plain_end, edited_end):
+        np.testing.assert_allclose(end, images, atol=1e-4)
+
+
+def test_without_edits_it_is_the_inversion_of_a_deterministic_table():
+    steps, images = ddim_steps(SD, FOUR), smooth_images()
+    weights = np.where(np.asarray(steps.time)[:, None] < 250, averaged(0, 2, 4), averaged(3, 4))
+    wanted = invert(EXACT, images, steps, parameterisation=predicts_noise, weights=weights).latents
+    given = jit(
+        lambda x: renoise_inversion(
+            EXACT, x, steps, key=KEY, weights=weights, divergence_rate=0.0, correlation_rate=0.0
+        )
+    )(images)
+    np.testing.assert_allclose(given.latents, wanted, atol=1e-5)
+    assert given.noises is None
+    end = sample(EXACT, wanted, steps, parameterisation=predicts_noise).latents
+    np.testing.assert_allclose(replay(EXACT, wanted, steps), end, atol=1e-5)
+
+
+def test_the_loop_refuses_what_it_cannot_undo():
+    with pytest.raises(ValueError, match="one-step"):
+        renoise_inversion(EXACT, smooth_images(), dpm_solver_steps(SD, FOUR), key=KEY)
+    with pytest.raises(ValueError, match="correlation_rate"):
+        renoise_inversion(EXACT, smooth_images(), ddim_steps(SD, FOUR), key=KEY, correlation_rate=-1.0)

@@ -118,7 +118,6 @@ def test_both_captions_of_a_row_have_their_own_states(sd3, tmp_path):
     np.testing.assert_array_equal(cache[encoded.empty]["states"][LENGTH_OF_CLIP:], states_of(""))
 
 
-@pytest.mark.slow
 def test_texts_without_states_are_named(sd3, tmp_path):
     texts = captions(sd3.rows)
     some = write_states(tmp_path / "some", ["", *(text for text in texts if text != texts[2])])

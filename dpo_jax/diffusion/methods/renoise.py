@@ -176,8 +176,9 @@ def renoise_inversion(
     """A sampler's steps undone with predictions that are kept like noise; the published recipe of SDXL-Turbo.
 
     Predictions are edited from the first weighted one on, and their average again. A stochastic step is undone with
-    noise that is drawn first; then that noise is what leads back exactly, so `replay` returns the latents however far
-    the edits went. With both rates 0 and a deterministic table this is `inversion.invert`.
+    noise that is drawn first; then that noise becomes what leads back exactly, so `replay` returns the latents however
+    far the edits went. On a deterministic table they cost the way back, and with both rates 0 it is `inversion.invert`.
+    Large steps with much noise may not contract (see there): latents then grow, and more calls make it worse.
 
     Args:
       predict: predicts the noise, without guidance in the recipe.
@@ -188,6 +189,7 @@ def renoise_inversion(
       weights: of the predictions, [calls] or [S, calls] as in `inversion.invert`; by default the average of the first
         five of ten below timestep 250 and of the last two above.
       divergence_rate, correlation_rate: of the edits by `patch_divergence` and `autocorrelation`; 0 leaves one out.
+        The second is for 64 x 64 latents and goes with the number of pixels, as its slope is that of a mean.
       rounds: of both edits.
       rolls: of the second in each round.
 

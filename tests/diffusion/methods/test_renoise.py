@@ -19,7 +19,7 @@ from dpo_jax.diffusion.methods.renoise import (
     replay,
 )
 from dpo_jax.diffusion.sampler import dpm_solver_steps, sample
-from dpo_jax.diffusion.schedule import leading_timesteps, predicts_noise, scaled_linear_schedule, trailing_timesteps
+from dpo_jax.diffusion.schedule import leading_timesteps, predicts_noise, scaled_linear_schedule
 from dpo_jax.diffusion.transitions import ddim_steps, draw, take_steps
 from dpo_jax.diffusion.types import Transition
 
@@ -103,7 +103,8 @@ def test_an_edit_lowers_its_regulariser_and_its_slope_is_cut_off():
     np.testing.assert_allclose(e - cut, 1.0, rtol=1e-5)
 
 
-STEP = take_steps(ddim_steps(SD, leading_timesteps(10)), 4)  # 501 from 401
+TEN = ddim_steps(SD, leading_timesteps(10))
+STEP = take_steps(TEN, 4)  # 501 from 401
 
 
 def linear(seed=0, size=6, strength=0.9):
@@ -164,12 +165,11 @@ def test_corrected_noise_lands_on_the_value():
 
 # The loop
 
-FOUR = trailing_timesteps(4)
 EXACT = gaussian_model(SD, predicts_noise)
 
 
 def smooth_images():
-    """Images whose plain inversion is as smooth as they are: the exact model of independent pixels keeps patterns."""
+    """The exact model of independent pixels keeps patterns: the plain inversion of smooth images is smooth."""
     coarse = 0.6 + 0.4 * jax.random.normal(KEY, (2, 4, 4, 4))
     return jnp.repeat(jnp.repeat(coarse, 4, 1), 4, 2)
 
@@ -179,24 +179,30 @@ def mean_autocorrelation(noise):
 
 
 def test_edits_make_the_inverted_latents_more_like_noise_and_the_corrected_noise_leads_back():
-    steps, images = ddim_steps(SD, FOUR, eta=1.0), smooth_images()
-    white = jax.random.normal(jax.random.key(1), images.shape)
+    steps, images = ddim_steps(SD, leading_timesteps(10), eta=0.3), smooth_images()
+    white, other = jax.random.normal(jax.random.key(1), (2, *images.shape))
 
-    def run(images, rates):
+    def run(images, **rates):
         found = renoise_inversion(EXACT, images, steps, key=jax.random.key(2), **rates)
         return found.latents, replay(EXACT, found.latents, steps, found.noises)
 
-    plain, plain_end = jit(partial(run, rates={"divergence_rate": 0.0, "correlation_rate": 0.0}))(images)
-    edited, edited_end = jit(partial(run, rates={}))(images)
-    assert mean_autocorrelation(edited) < 0.5 * mean_autocorrelation(plain)
-    assert float(patch_divergence(edited, white).mean()) < 0.8 * float(patch_divergence(plain, white).mean())
-    assert float(jnp.abs(edited - plain).mean()) > 0.1
+    def unlike(latents):
+        """Correlation and divergence of latents of deviation 1 above those of noise: smaller is not yet whiter."""
+        latents = latents / latents.std()
+        divergence = patch_divergence(latents, white) - patch_divergence(other, white)
+        return np.array([mean_autocorrelation(latents) - mean_autocorrelation(other), float(divergence.mean())])
+
+    plain, plain_end = jit(partial(run, divergence_rate=0.0, correlation_rate=0.0))(images)
+    # The recipe's 20 is for 64 x 64: a mean over fewer pixels has larger slopes.
+    edited, edited_end = jit(partial(run, correlation_rate=20 * (16 / 64) ** 2))(images)
+    assert np.all(unlike(edited) < 0.7 * unlike(plain)) and np.all(unlike(plain) > 0)
+    assert abs(edited.std() - 1) < abs(plain.std() - 1)
     for end in (plain_end, edited_end):
-        np.testing.assert_allclose(end, images, atol=1e-4)
+        np.testing.assert_allclose(end, images, atol=1e-5)
 
 
 def test_without_edits_it_is_the_inversion_of_a_deterministic_table():
-    steps, images = ddim_steps(SD, FOUR), smooth_images()
+    steps, images = TEN, smooth_images()
     weights = np.where(np.asarray(steps.time)[:, None] < 250, averaged(0, 2, 4), averaged(3, 4))
     wanted = invert(EXACT, images, steps, parameterisation=predicts_noise, weights=weights).latents
     given = jit(
@@ -212,6 +218,6 @@ def test_without_edits_it_is_the_inversion_of_a_deterministic_table():
 
 def test_the_loop_refuses_what_it_cannot_undo():
     with pytest.raises(ValueError, match="one-step"):
-        renoise_inversion(EXACT, smooth_images(), dpm_solver_steps(SD, FOUR), key=KEY)
+        renoise_inversion(EXACT, smooth_images(), dpm_solver_steps(SD, leading_timesteps(10)), key=KEY)
     with pytest.raises(ValueError, match="correlation_rate"):
-        renoise_inversion(EXACT, smooth_images(), ddim_steps(SD, FOUR), key=KEY, correlation_rate=-1.0)
+        renoise_inversion(EXACT, smooth_images(), TEN, key=KEY, correlation_rate=-1.0)

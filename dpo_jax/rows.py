@@ -56,12 +56,21 @@ def json_records(path: Path) -> Iterator[Record]:
 def parse_json(line: bytes, file: str, number: int) -> Any:
     """The value of one line, or the RowError that says why it has none."""
     try:
-        return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         reason = f"expected UTF-8, but byte {error.start} of the line is 0x{line[error.start]:02x}"
     except (ValueError, RecursionError) as error:
         reason = f"expected one JSON object on this line ({error})"
     return RowError(file, number, reason)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"the key {', '.join(map(repr, twice))} stands there twice")
+    return found
 
 
 def require_text(name: str, value: Any) -> None:

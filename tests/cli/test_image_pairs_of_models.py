@@ -1,4 +1,4 @@
-"""Two pipelines side by side, and images in tiles: what must be alike, what each brings itself, what the cache keeps."""
+"""Two pipelines side by side, and images in tiles: what must be alike, what each brings, what the cache keeps."""
 
 import json
 import shutil

@@ -7,6 +7,7 @@ Stable Diffusion 1 and 2 ("sd"), XL ("sdxl") and 3 ("sd3") in the layouts of htt
 SD3's third text encoder, a T5, is not read: its states are given (`dpo_jax.diffusion.models.text`).
 """
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -205,6 +206,9 @@ def save_pipeline(
 ) -> None:
     """Write a pipeline that diffusers loads: the denoiser new, all else copied byte for byte; process 0 writes.
 
+    Components that the source names and does not have, such as parts of a hub id that are not downloaded, become absent
+    ones in the index.
+
     Args:
       variables: of the denoiser, without adapters (`dpo_jax.lora.merge`).
       source: folder of the other components; by default the one that the pipeline was opened from, and may be `folder`.
@@ -233,5 +237,10 @@ def save_pipeline(
         max_shard_bytes=max_shard_bytes,
     )
     if jax.process_index() == 0 and moved:
-        # Last: a folder without it is no pipeline.
-        shutil.copyfile(source / INDEX_FILE, folder / INDEX_FILE)
+        # Last: a folder without it is no pipeline. What was not downloaded is named as diffusers names the absent.
+        absent = [part for part, entry in index.items() if _is_component(entry) and not (source / part).is_dir()]
+        if absent:
+            named = {**index, **{key: [None, None] for key in absent}}
+            (folder / INDEX_FILE).write_text(json.dumps(named, indent=2) + "\n")
+        else:
+            shutil.copyfile(source / INDEX_FILE, folder / INDEX_FILE)

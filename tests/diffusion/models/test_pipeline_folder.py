@@ -148,6 +148,17 @@ def test_installed_library(kind, tmp_path):
     np.testing.assert_allclose(ours, wanted.permute(0, 2, 3, 1).numpy(), **close)
 
 
+def test_parts_that_were_not_downloaded_are_absent_in_what_is_written(tiny, tmp_path):
+    folder = shutil.copytree(tiny["sd3"], tmp_path / "hub")
+    index = read_object(folder / "model_index.json")
+    parts = {"text_encoder_3": ["transformers", "T5EncoderModel"], "tokenizer_3": ["transformers", "T5TokenizerFast"]}
+    (folder / "model_index.json").write_text(json.dumps({**index, **parts}))
+    pipeline = open_pipeline(folder)
+    save_pipeline(tmp_path / "ours", pipeline, load_denoiser(pipeline))
+    written = read_object(tmp_path / "ours" / "model_index.json")
+    assert written == {**index, **{key: [None, None] for key in parts}}
+
+
 def test_a_pipeline_needs_its_parts(tiny, tmp_path):
     folder = shutil.copytree(tiny["sdxl"], tmp_path / "copy")
     index = read_object(folder / "model_index.json")

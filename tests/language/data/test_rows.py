@@ -159,6 +159,13 @@ def test_skip_loses_only_the_bad_rows(tmp_path):
         read_rows(path)
 
 
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(GOOD) + '\n{"prompt": "p", "chosen": "a", "rejected": "b", "chosen": "c"}\n')
+    with pytest.raises(RowError, match=r"row 2: .*the key 'chosen' stands there twice"):
+        read_rows(path)
+
+
 def test_broken_files(tmp_path):
     for name in ("empty.jsonl", "blank.jsonl"):
         path = tmp_path / name

@@ -8,20 +8,18 @@ policy.
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dpo_jax.checkpoint import open_checkpoints
-from dpo_jax.cli.configs import CONFIG_FILE, config_record, write_record
 from dpo_jax.cli.console import OutputConfig, UsageError, result, say
+from dpo_jax.cli.demo_training import open_folder, trained
 from dpo_jax.cli.evaluate import evaluate_pairs
-from dpo_jax.cli.loop import Course, Outcome, run_course, with_tokens
+from dpo_jax.cli.loop import Course, Outcome, with_tokens
 from dpo_jax.language.data.batches import batches
 from dpo_jax.language.data.dealing import plan_layout
 from dpo_jax.language.data.pack import example_lengths
@@ -39,16 +37,11 @@ from dpo_jax.language.objectives import from_loss
 from dpo_jax.language.sampling.engine import Engine, generate, make_engine, prompt_keys
 from dpo_jax.language.sampling.steps import CachedModel
 from dpo_jax.language.types import Example
-from dpo_jax.optimizers import OptimizerConfig, make_optimizer
-from dpo_jax.report import open_metrics, table
+from dpo_jax.optimizers import OptimizerConfig
+from dpo_jax.report import table
 from dpo_jax.sharding import data_shards, make_mesh
 from dpo_jax.statistics import wilson_interval
-from dpo_jax.train import (
-    Objective,
-    compile_step,
-    init_state,
-    make_train_step,
-)
+from dpo_jax.train import Objective
 from dpo_jax.types import PyTree
 from dpo_jax.worlds import digits
 
@@ -96,10 +89,7 @@ def demo_command(config: DemoConfig) -> None:
     Raises:
       UsageError: the folder holds another run; no prompt got both a right and a wrong chain.
     """
-    begun, out = time.perf_counter(), Path(config.out)
-    if (out / CONFIG_FILE).exists() or (out / "checkpoints").exists():
-        raise UsageError(f"{out} already holds a run; give the demo a folder of its own")
-    write_record(out, config_record("demo", "dpo", config))
+    begun, out = time.perf_counter(), open_folder(config, "dpo")
     mesh, key = make_mesh(), jax.random.key(config.seed)
     apply_fn = decoder_function(MODEL)
     say(f"warm start: {config.warm_steps} steps on chains whose steps are wrong with probability {digits.STEP_NOISE}")
@@ -143,35 +133,18 @@ def train(
     variables: PyTree,
     examples: Sequence[Example],
     batch_size: int,
-    optimizer_config: OptimizerConfig,
+    optimizer: OptimizerConfig,
     mesh: Mesh,
     config: DemoConfig,
 ) -> tuple[PyTree, Outcome]:
-    """Train the variables; a run in its own folder, as `dpo-jax train` makes them."""
+    """The decoder, trained on examples; pairs train it against its start."""
     lengths, shards = example_lengths(examples), data_shards(mesh)
     plan = plan_layout(lengths, batch_size=batch_size, row_multiple=shards, seed=config.seed, steps=course.steps)
-    optimizer = make_optimizer(optimizer_config, course.steps)
-    pairwise = len(examples[0].completions) == 2
-    # The step uses up the state's arrays, and the warm start is asked again at the end.
-    start = jax.tree.map(jnp.copy, variables)
-    state = init_state(start, optimizer, jax.random.key(config.seed), reference=pairwise)
-    step = make_train_step(objective, decoder_function(MODEL), optimizer)
-    sharded, state = compile_step(step, state, mesh, RULES)
-    stream = batches(examples, plan.layout, batch_size=batch_size, seed=config.seed)
-    with open_checkpoints(out / "checkpoints") as checkpoints, open_metrics(out) as metrics:
-        state, outcome = run_course(
-            course,
-            sharded,
-            state,
-            with_tokens(stream),
-            mesh,
-            checkpoints=checkpoints,
-            metrics=metrics,
-            extras={"config": asdict(config)},
-        )
-    if outcome.stopped:
-        raise KeyboardInterrupt
-    return state.params, outcome
+    stream = with_tokens(batches(examples, plan.layout, batch_size=batch_size, seed=config.seed))
+    function, pairwise = decoder_function(MODEL), len(examples[0].completions) == 2
+    return trained(
+        out, course, objective, function, variables, stream, optimizer, mesh, RULES, config, reference=pairwise
+    )
 
 
 def chain_engine(config: DemoConfig, mesh: Mesh) -> Engine:

@@ -7,36 +7,33 @@ the captions say.
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from dpo_jax.checkpoint import open_checkpoints
-from dpo_jax.cli.configs import CONFIG_FILE, config_record, write_record
 from dpo_jax.cli.console import OutputConfig, UsageError, result, say
+from dpo_jax.cli.demo_training import open_folder, trained
 from dpo_jax.cli.image_configs import ImageModelConfig
 from dpo_jax.cli.image_generate import conditions_of
 from dpo_jax.cli.image_models import OpenPipeline, denoiser_function, open_images
 from dpo_jax.cli.image_sampling import ImageSampler, SamplingConfig, grid_of
-from dpo_jax.cli.loop import Course, run_course
+from dpo_jax.cli.loop import Course
 from dpo_jax.diffusion.data.batches import ImageExample, batches
 from dpo_jax.diffusion.methods import diffusion_dpo_sft_loss, diffusion_sft_loss
 from dpo_jax.diffusion.models.folder import save_pipeline
 from dpo_jax.diffusion.models.scheduler import noising_from_dict
 from dpo_jax.diffusion.objectives import from_loss
 from dpo_jax.diffusion.types import DiffusionBatch, TextCondition
-from dpo_jax.optimizers import OptimizerConfig, make_optimizer
-from dpo_jax.report import open_metrics, table
-from dpo_jax.sharding import Rules, data_shards, make_mesh
+from dpo_jax.optimizers import OptimizerConfig
+from dpo_jax.report import table
+from dpo_jax.sharding import data_shards, make_mesh
 from dpo_jax.statistics import wilson_interval
-from dpo_jax.train import Objective, compile_step, init_state, make_train_step
 from dpo_jax.types import PyTree
 from dpo_jax.worlds import shape_models, shapes
 
@@ -81,10 +78,7 @@ def demo_images(config: ImageDemoConfig) -> None:
     Raises:
       UsageError: the folder holds another run; no caption got images that differ.
     """
-    begun, out = time.perf_counter(), Path(config.out)
-    if (out / CONFIG_FILE).exists() or (out / "checkpoints").exists():
-        raise UsageError(f"{out} already holds a run; give the demo a folder of its own")
-    write_record(out, config_record("demo", "diffusion-dpo", config))
+    begun, out = time.perf_counter(), open_folder(config, "diffusion-dpo")
     mesh = make_mesh()
     say(f"base: {config.base_steps} steps on captioned shapes of {SIZE} x {SIZE} pixels")
     train_base(config, out, mesh)
@@ -99,13 +93,12 @@ def demo_images(config: ImageDemoConfig) -> None:
     say(f"{len(examples)} pairs, from {config.prompts} captions x {config.samples} images")
     objective = from_loss(diffusion_dpo_sft_loss, model.process, beta=config.beta, sft_coef=config.sft_coef)
     size = -(-16 // data_shards(mesh)) * data_shards(mesh)
-    stream = batches(examples, store, batch_size=size, seed=config.seed)
+    stream = counted(batches(examples, store, batch_size=size, seed=config.seed))
     optimizer = OptimizerConfig(learning_rate=config.learning_rate, schedule="constant", warmup=10, weight_decay=0.0)
     course = Course(config.steps, 10, 0, 0, "diffusion-dpo", "images")
-    function = denoiser_function(model)
-    kept = jax.tree.map(jnp.copy, variables)
-    aligned = train(
-        out, course, objective, function, kept, stream, optimizer, mesh, model.rules, config, reference=True
+    function, rules = denoiser_function(model), model.rules
+    aligned, _ = trained(
+        out, course, objective, function, variables, stream, optimizer, mesh, rules, config, reference=True
     )
     after = judged(config, model, sampler, sampling, aligned, out / "after.png")
     save_pipeline(out / "export", model.pipeline, aligned)
@@ -132,38 +125,16 @@ def train_base(config: ImageDemoConfig, out: Path, mesh: Mesh) -> None:
     course = Course(config.base_steps, 20, 0, 0, "base", "images")
     start = shape_models.init_variables(shape, jax.random.key(config.seed))
     function, rules = shape_models.joint_function(shape), shape_models.RULES
-    trained = train(out / "base_run", course, objective, function, start, stream(), optimizer, mesh, rules, config)
-    shape_models.save_shape_pipeline(out / "base", shape, trained)
+    run, images_of = out / "base_run", counted(stream())
+    base, _ = trained(
+        run, course, objective, function, start, images_of, optimizer, mesh, rules, config, ema_decay=0.99
+    )
+    shape_models.save_shape_pipeline(out / "base", shape, base)
 
 
-def train(
-    out: Path,
-    course: Course,
-    objective: Objective,
-    function: Any,
-    variables: PyTree,
-    stream: Iterator[DiffusionBatch],
-    optimizer_config: OptimizerConfig,
-    mesh: Mesh,
-    rules: Rules,
-    config: ImageDemoConfig,
-    *,
-    reference: bool = False,
-) -> PyTree:
-    """Train the variables, which are used up; a run in its own folder, as `dpo-jax train` makes them."""
-    optimizer = make_optimizer(optimizer_config, course.steps)
-    state = init_state(variables, optimizer, jax.random.key(config.seed), reference=reference, ema=not reference)
-    step = make_train_step(objective, function, optimizer, ema_decay=None if reference else 0.99)
-    sharded, state = compile_step(step, state, mesh, rules)
-    counted = ((batch, batch.latents.shape[0] * batch.latents.shape[1]) for batch in stream)
-    with open_checkpoints(out / "checkpoints") as checkpoints, open_metrics(out) as metrics:
-        extras = {"config": asdict(config)}
-        state, outcome = run_course(
-            course, sharded, state, counted, mesh, checkpoints=checkpoints, metrics=metrics, extras=extras
-        )
-    if outcome.stopped:
-        raise KeyboardInterrupt
-    return state.params if state.ema is None else state.ema
+def counted(stream: Iterable[DiffusionBatch]) -> Iterator[tuple[DiffusionBatch, int]]:
+    """Batches, and the number of images in each."""
+    return ((batch, batch.latents.shape[0] * batch.latents.shape[1]) for batch in stream)
 
 
 def judged(

@@ -1,13 +1,12 @@
 """From image files to the examples of a run: rows, forms, latents and text states in the cache, every loss reported."""
 
-import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache as cache_call
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -21,6 +20,7 @@ from dpo_jax.cli.image_checks import check_columns, check_objective
 from dpo_jax.cli.image_configs import ImageDataConfig
 from dpo_jax.cli.image_models import OpenPipeline, image_encoder
 from dpo_jax.cli.image_texts import halved, lacking, open_t5, require_states, text_encoder, text_key
+from dpo_jax.cli.processes import agreed, from_all
 from dpo_jax.diffusion.data.batches import ImageExample, steps_per_epoch
 from dpo_jax.diffusion.data.cache import Cache, Entry, content_key, fill
 from dpo_jax.diffusion.data.decoding import THREADS, ImagesChecked, check_images, load_image
@@ -132,7 +132,7 @@ def prepare_images(config: Any, method: Method, model: OpenPipeline, mesh: Mesh,
     """
     data, seed = config.data, config.loop.seed
     buckets = model_buckets(data, model)  # refused before the data is read
-    t5 = open_t5(model, data.t5_states)
+    t5 = agreed(lambda: open_t5(model, data.t5_states))
     folder = Path(data.cache or out / "cache")
     record = SeenRecord(folder / "seen", **_decode_options(data))
     if record.broken:
@@ -313,33 +313,6 @@ def _encode_texts(
         return [halved(entry) for entry in encoder()([texts[place] for place in places])]
 
     _fill(cache, keys, make, together, "text states")
-
-
-def from_all(value: T) -> list[T]:
-    """A value of each process, which can be pickled, on every process; all of them must ask."""
-    if jax.process_count() == 1:
-        return [value]
-    data = np.frombuffer(pickle.dumps(value), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array(data.size))
-    parts = multihost_utils.process_allgather(np.pad(data, (0, sizes.max() - data.size)))
-    return [pickle.loads(part[:size].tobytes()) for part, size in zip(parts, sizes)]
-
-
-def agreed(work: Callable[[], T]) -> T:
-    """What `work` makes on this process; where it fails on any of them, all raise the error of the first that failed.
-
-    Without it the others would wait for ever for the one that failed.
-    """
-    if jax.process_count() == 1:
-        return work()
-    made, error = None, None
-    try:
-        made = work()
-    except (UsageError, ValueError, OSError) as caught:
-        error = caught
-    if first := next(filter(None, from_all(error)), None):
-        raise first from error
-    return cast(T, made)
 
 
 def model_buckets(config: ImageDataConfig, model: OpenPipeline) -> tuple[Bucket, ...]:

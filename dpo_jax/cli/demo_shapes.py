@@ -35,10 +35,9 @@ from dpo_jax.report import table
 from dpo_jax.sharding import data_shards, make_mesh
 from dpo_jax.statistics import wilson_interval
 from dpo_jax.types import PyTree
-from dpo_jax.worlds import shape_models, shapes
+from dpo_jax.worlds import halving, shape_models, shapes
 
 SATURATED = 0.8  # from this saturation on, of 0.5 to 1 in the data, the judge is content
-SIZE = 16  # pixels; 32 would take four times as long
 CHANNELS = (32, 64)
 NO_CAPTION = 0.1  # share of captions that are left out, so that the model may be guided
 
@@ -55,11 +54,11 @@ class ImageDemoConfig:
     """Steps of training on captioned shapes, 32 images each."""
     prompts: int = 300
     """Captions that the model draws images of for the pairs."""
-    samples: int = 3
+    samples: int = 4
     """Images of each of them."""
     steps: int = 80
     """Steps of Diffusion-DPO, 16 pairs each."""
-    beta: float = 300.0
+    beta: float = 1000.0
     """Strength of the constraint to the start."""
     sft_coef: float = 100.0
     """Weight of the chosen image's own error, which keeps it likely."""
@@ -67,7 +66,7 @@ class ImageDemoConfig:
     """Of Diffusion-DPO, constant."""
     test_prompts: int = 300
     """Fresh captions that are judged before and after, one image each."""
-    sampling_steps: int = 12
+    sampling_steps: int = 10
     """Calls of the model for an image."""
     output: OutputConfig = field(default_factory=OutputConfig)
 
@@ -80,7 +79,7 @@ def demo_images(config: ImageDemoConfig) -> None:
     """
     begun, out = time.perf_counter(), open_folder(config, "diffusion-dpo")
     mesh = make_mesh()
-    say(f"base: {config.base_steps} steps on captioned shapes of {SIZE} x {SIZE} pixels")
+    say(f"base: {config.base_steps} steps on captioned shapes of {shapes.SIZE} x {shapes.SIZE} pixels")
     train_base(config, out, mesh)
     model = open_images(str(out / "base"), ImageModelConfig())
     variables = model.load(mesh)
@@ -107,18 +106,20 @@ def demo_images(config: ImageDemoConfig) -> None:
 
 def train_base(config: ImageDemoConfig, out: Path, mesh: Mesh) -> None:
     """Train UNet and caption encoder from scratch, and write their moving average as the pipeline OUT/base."""
-    shape = shape_models.denoiser_config(CHANNELS, size=SIZE)
+    autoencoder = halving.halving_config()
+    shape = shape_models.denoiser_config(CHANNELS, size=shapes.SIZE // autoencoder.factor)
     captions = shapes.make_captions(8000, config.seed)
-    images, ids = shapes.make_images(captions, config.seed, SIZE), shape_models.token_ids(captions)
+    latents = halving.latents_of(shapes.make_images(captions, config.seed))
+    ids = shape_models.token_ids(captions)
     empty = shape_models.token_ids([""])
     size = -(-32 // data_shards(mesh)) * data_shards(mesh)
 
     def stream() -> Iterator[DiffusionBatch]:
         random = np.random.default_rng([config.seed, 1])
         while True:
-            places = random.integers(len(images), size=size)
+            places = random.integers(len(latents), size=size)
             told = np.where(random.random(size)[:, None] < NO_CAPTION, empty, ids[places])
-            yield DiffusionBatch(images[places][:, None], told[:, None], np.ones(size, np.float32), {})
+            yield DiffusionBatch(latents[places][:, None], told[:, None], np.ones(size, np.float32), {})
 
     objective = from_loss(diffusion_sft_loss, noising_from_dict(shape_models.SCHEDULER).process)
     optimizer = OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup=10, final_learning_rate=0.05, b2=0.99)
@@ -129,7 +130,8 @@ def train_base(config: ImageDemoConfig, out: Path, mesh: Mesh) -> None:
     base, _ = trained(
         run, course, objective, function, start, images_of, optimizer, mesh, rules, config, ema_decay=0.99
     )
-    shape_models.save_shape_pipeline(out / "base", shape, base)
+    whole = {**base, "vae": halving.halving_variables()}
+    shape_models.save_shape_pipeline(out / "base", shape, whole, autoencoder)
 
 
 def counted(stream: Iterable[DiffusionBatch]) -> Iterator[tuple[DiffusionBatch, int]]:
@@ -176,17 +178,20 @@ def own_pairs(
     """
     captions = shapes.make_captions(config.prompts, config.seed + 2_000_003)
     images, conditions = draw(model, sampler, sampling, variables, captions, config.samples, config.seed + 1)
-    several = images.reshape(config.prompts, config.samples, *images.shape[1:])
+    pixels = images.astype(np.float32) / 127.5 - 1
+    several, latents = (
+        array.reshape(config.prompts, config.samples, *array.shape[1:])
+        for array in (pixels, halving.latents_of(pixels))
+    )
     examples, store = [], {}
-    for number, (caption, drawn, condition) in enumerate(zip(captions, several, conditions)):
-        verdicts = [shapes.judge(caption, image / 127.5 - 1) for image in drawn]
+    for number, (caption, condition) in enumerate(zip(captions, conditions)):
+        verdicts = [shapes.judge(caption, image) for image in several[number]]
         scores = [verdict.count * verdict.saturation for verdict in verdicts]
         best, worst = int(np.argmax(scores)), int(np.argmin(scores))
         if scores[best] == scores[worst]:
             continue
         keys = f"{number}/chosen", f"{number}/rejected"
-        for key, place in zip(keys, (best, worst)):
-            store[key] = {"latents": (drawn[place] / 127.5 - 1).astype(np.float32)}
+        store |= {key: {"latents": latents[number, place]} for key, place in zip(keys, (best, worst))}
         store[caption] = {"states": np.asarray(condition.states[0])}
         examples.append(ImageExample(keys, (caption,)))
     return examples, store

@@ -1,7 +1,7 @@
 """A small diffusion model of the shapes world: UNet and caption encoder, trained from scratch, kept as a pipeline.
 
-The model is one of pixels: what a pipeline's folder calls `vae` is not there. Captions are read by a small CLIP text
-tower whose tokenizer has a token for each word of the world.
+The model is one of pixels, where what a pipeline's folder calls `vae` is not there, or of the latents of an autoencoder
+(`halving`). Captions are read by a small CLIP text tower whose tokenizer has a token for each word of the world.
 """
 
 import json
@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.diffusion.models import clip, clip_config, unet, unet_config
+from dpo_jax.diffusion.models import clip, clip_config, unet, unet_config, vae, vae_config
 from dpo_jax.diffusion.models.clip_config import ClipConfig, TextConfig
 from dpo_jax.diffusion.models.unet_config import UNetConfig
+from dpo_jax.diffusion.models.vae_config import AutoencoderConfig
 from dpo_jax.diffusion.models.weights import DIFFUSERS, TRANSFORMERS, save_model
 from dpo_jax.diffusion.types import TextCondition
 from dpo_jax.sharding import Rules
@@ -93,7 +94,7 @@ def text_config() -> ClipConfig:
 
 
 def denoiser_config(channels: Sequence[int] = (16, 48, 96), *, size: int = SIZE) -> UNetConfig:
-    """Of the UNet; the coarsest resolution sees the caption."""
+    """Of the UNet for latents of a size; the coarsest resolution sees the caption."""
     count = len(channels)
     seeing = tuple(level == count - 1 for level in range(count))
     return UNetConfig(
@@ -142,13 +143,22 @@ def joint_function(config: UNetConfig) -> Callable[..., Array]:
 RULES: Rules = tuple((f"unet/.*{pattern}", spec) for pattern, spec in unet.RULES)
 
 
-def save_shape_pipeline(folder: Path, config: UNetConfig, variables: PyTree) -> Path:
-    """Write UNet and caption encoder as a diffusers folder without an autoencoder; the folder."""
+def save_shape_pipeline(
+    folder: Path, config: UNetConfig, variables: PyTree, autoencoder: AutoencoderConfig | None = None
+) -> Path:
+    """Write UNet and caption encoder as a diffusers folder; the folder.
+
+    Args:
+      variables: `{"unet", "text_encoder"}`, and `"vae"` where there is an autoencoder.
+      autoencoder: of the latents that the UNet was trained on; None for pixels.
+    """
     text = text_config()
-    parts = (
+    parts = [
         ("unet", unet.weight_table(config), unet_config.config_to_dict(config), DIFFUSERS),
         ("text_encoder", clip.weight_table(text), clip_config.config_to_dict(text), TRANSFORMERS),
-    )
+    ]
+    if autoencoder is not None:
+        parts.append(("vae", vae.weight_table(autoencoder), vae_config.config_to_dict(autoencoder), DIFFUSERS))
     for part, table, keys, stem in parts:
         save_model(folder / part, jax.tree.map(jnp.asarray, variables[part]), table, keys, stem=stem)
     write_clip_tokenizer(folder / "tokenizer", caption_words(), length=CAPTION_LENGTH)
@@ -157,7 +167,7 @@ def save_shape_pipeline(folder: Path, config: UNetConfig, variables: PyTree) -> 
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": "0.31.0",
         "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": [None, None],
+        "vae": [None, None] if autoencoder is None else ["diffusers", "AutoencoderKL"],
         "scheduler": ["diffusers", SCHEDULER["_class_name"]],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],

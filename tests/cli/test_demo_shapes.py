@@ -6,6 +6,7 @@ import pytest
 from tiny_runs import command
 
 from dpo_jax.diffusion.models.folder import open_pipeline
+from dpo_jax.worlds.halving import halving_config
 
 
 @pytest.mark.slow
@@ -20,6 +21,6 @@ def test_a_tiny_demonstration_leaves_two_pipelines_and_two_grids(tmp_path):
         low, high = found[f"saturated_{name}_interval"]
         assert low <= found[f"saturated_{name}"] <= high
         assert (out / f"{name}.png").stat().st_size
-    assert [open_pipeline(out / name).autoencoder for name in ("base", "export")] == [None, None]
+    assert [open_pipeline(out / name).autoencoder for name in ("base", "export")] == [halving_config()] * 2
     assert json.loads((out / "run.json").read_text())["method"] == "diffusion-dpo"
     assert command(*words, "--json").code == 2  # the folder holds a run

@@ -1,9 +1,9 @@
 """`dpo-jax demo --diffusion`: from random weights to an aligned image model on the shapes world, judged exactly.
 
-A small UNet and a caption encoder learn from captioned shapes, whose colours are pale or pure; the model draws images
-of its own, the judge pairs the most with the least saturated one of each caption, Diffusion-DPO trains on the pairs
-against the frozen start, and fresh captions show how many images are saturated now, and whether they still show what
-the captions say.
+A small UNet and a caption encoder learn from captioned shapes, whose colours are pale or pure, in the latents of an
+autoencoder that is given (`worlds.halving`); the model draws images of its own, the judge pairs the most with the least
+saturated one of each caption, Diffusion-DPO trains on the pairs against the frozen start, and fresh captions show how
+many images are saturated now, and whether they still show what the captions say.
 """
 
 import time

@@ -78,6 +78,11 @@ def check_options(
         patterns = options.get(key) or {}
         if not isinstance(patterns, dict):
             raise WeightsError(f"{place}: {key} is {patterns!r}; expected an object")
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise WeightsError(f"{place}: {key} has {pattern!r}, no regular expression: {error}") from error
         numbers |= {f"{key} of {pattern!r}": value for pattern, value in patterns.items()}
     for key, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:

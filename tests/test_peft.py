@@ -25,6 +25,11 @@ def test_only_settings_that_are_read_are_checked():
         check_options(options, "here", (RANK, ALPHA))
 
 
+def test_a_pattern_that_is_no_regular_expression_is_named():
+    with pytest.raises(WeightsError, match=r"here: rank_pattern has '\[', no regular expression"):
+        check_options({**OPTIONS, "rank_pattern": {"[": 4}}, "here", (RANK, ALPHA))
+
+
 @pytest.mark.parametrize("whole", [["lm_head"], ["score", "lm_head"], "score", 3])
 def test_modules_trained_whole_are_refused_unless_they_are_known(whole):
     check_options({**OPTIONS, "modules_to_save": ["score"]}, "here", (RANK,), learned=("score",))

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache as cache_call
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from dpo_jax.cli.image_checks import check_columns, check_objective
 from dpo_jax.cli.image_configs import ImageDataConfig
 from dpo_jax.cli.image_models import OpenPipeline, image_encoder
 from dpo_jax.cli.image_texts import halved, lacking, open_t5, require_states, text_encoder, text_key
-from dpo_jax.cli.processes import agreed, from_all
+from dpo_jax.cli.processes import agreed, from_all, true_everywhere
 from dpo_jax.diffusion.data.batches import ImageExample, steps_per_epoch
 from dpo_jax.diffusion.data.cache import Cache, Entry, content_key, fill
 from dpo_jax.diffusion.data.decoding import THREADS, ImagesChecked, check_images, load_image
@@ -34,7 +34,6 @@ from dpo_jax.diffusion.data.t5_states import T5States
 from dpo_jax.rows import RowError
 from dpo_jax.sharding import data_shards
 
-T = TypeVar("T")
 Seen = Mapping[Place, SeenImage]
 
 _SAID_EVERY = 30.0  # seconds between two lines of progress
@@ -105,7 +104,7 @@ def _read(paths: Sequence[str], config: ImageDataConfig) -> RowsRead:
 def _check_images(rows: list[ImageRow], config: ImageDataConfig, record: SeenRecord | None) -> ImagesChecked:
     """`check_images`, of which each process does its share: decoding takes far longer than telling what was seen."""
     host, hosts = jax.process_index(), jax.process_count()
-    digest = content_key(*[f"{row.number} {row.caption}" for row in rows])
+    digest = content_key(*[f"{row.number} {row.form} {row.caption} {_names(row)}" for row in rows])
     if len(set(from_all(digest))) > 1:
         raise UsageError("processes read other rows than process 0 does; --data must be the same files for all of them")
     # One after another, so that the error of the first process is the one that a single process would raise.
@@ -117,6 +116,11 @@ def _check_images(rows: list[ImageRow], config: ImageDataConfig, record: SeenRec
     bad = {(row.file, row.number) for row in skipped}
     good = [row for row in rows if (row.file, row.number) not in bad]
     return ImagesChecked(good, [images for some, _ in seen for images in some], skipped)
+
+
+def _names(row: ImageRow) -> list[str]:
+    """What tells a row's images from others, wherever a process has its files."""
+    return [Path(getattr(place, "file", "")).name + str(getattr(place, "offset", "")) for place in row.images]
 
 
 def _decode_options(config: ImageDataConfig) -> dict[str, Any]:
@@ -310,8 +314,10 @@ def _encode_texts(
     encoder = cache_call(lambda: text_encoder(model, t5))
 
     def make(places: list[int]) -> Sequence[Entry]:
-        return [halved(entry) for entry in encoder()([texts[place] for place in places])]
+        return agreed(lambda: [halved(entry) for entry in encoder()([texts[place] for place in places])])
 
+    if len(set(from_all(content_key(*keys)))) > 1:
+        raise UsageError("text encoders or T5 states are other files on other processes; give all of them the same")
     _fill(cache, keys, make, together, "text states")
 
 
@@ -357,7 +363,7 @@ def _fill(cache: Cache, keys: list[str], make: Any, together: int, what: str) ->
     )
     multihost_utils.sync_global_devices(what)
     cache.refresh()
-    if any(key not in cache for key in keys):
+    if not true_everywhere(all(key in cache for key in keys)):
         raise UsageError(
-            f"{cache.folder} lacks what other processes made; --cache must be a folder that all of them see"
+            f"{cache.folder} lacks what other processes made; --cache must be one folder that all of them see"
         )

@@ -91,15 +91,18 @@ def evaluate_images(config: ImageEvaluateConfig) -> None:
     states = {name: open_t5(opened, config.t5_states) for name, (opened, _) in folders.items()}
     for t5 in states.values():
         require_states(t5, [*prompts, config.sampling.negative_prompt])
+    samplers = {
+        name: ImageSampler(opened, config.sampling, mesh, batch_size=config.batch_size)
+        for name, (opened, _) in folders.items()
+    }
     images: dict[str, np.ndarray] = {}
     for name, (opened, adapter) in folders.items():
         # Each with its own text encoders, process and autoencoder: the models are judged, not their denoisers.
         say(f"{len(prompts) * config.samples} images of {opened.pipeline.folder}")
-        sampler = ImageSampler(opened, config.sampling, mesh, batch_size=config.batch_size)
         conditions, empty = conditions_of(opened, prompts, config.sampling, states[name])
         repeated = [condition for condition in conditions for _ in range(config.samples)]
         variables = load_with_adapter(opened, adapter, mesh)
-        images[name] = sampler(variables, repeated, empty, range(len(repeated)), config.seed)
+        images[name] = samplers[name](variables, repeated, empty, range(len(repeated)), config.seed)
         if config.out is not None and is_first():
             write_images(Path(config.out) / name, prompts, images[name], config.samples, config.seed)
     texts = [prompt for prompt in prompts for _ in range(config.samples)]

@@ -63,7 +63,7 @@ def text_key(fingerprint: str, t5: T5States | None, text: str | None) -> str:
       fingerprint: of the encoders (`OpenPipeline.text_fingerprint`).
     """
     made_of = [] if t5 is None else [t5.fingerprint(text or "")]
-    return content_key(fingerprint, *([] if text is None else ["text", text]), *made_of)
+    return content_key(fingerprint, "float16", *([] if text is None else ["text", text]), *made_of)
 
 
 def text_encoder(model: OpenPipeline, t5: T5States | None = None) -> Callable[[Sequence[str | None]], Entries]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dpo_jax.checkpoint import open_checkpoints
@@ -202,7 +203,8 @@ def _moved(job: Job, state: TrainState, mesh: Mesh, key: Array) -> TrainState:
 
     shardings = state_shardings(state, mesh, job.rules).params
     params = jax.jit(noisy, donate_argnums=0, out_shardings=shardings)(state.params, state.frozen)
-    return replace(state, params=params)
+    ema = None if state.ema is None else jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
+    return replace(state, params=params, ema=ema)
 
 
 def _evaluator(job: Job, state: TrainState, mesh: Mesh) -> Callable[[TrainState], dict[str, float]] | None:

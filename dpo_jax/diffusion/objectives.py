@@ -139,7 +139,8 @@ def from_loss(
             raise TypeError(f"{loss.__name__} needs the columns {sorted(wanted)}, and the data has {have}")
         if reference is None and needs_reference(loss, inputs, columns):
             raise TypeError(f"{loss.__name__} needs a reference: give the state one")
-        given, fresh = _given(batch, process, key, offset_noise)
+        draw_key, loss_key = jax.random.split(key)
+        given, fresh = _given(batch, process, draw_key, offset_noise)
         given |= {"policy": policy, "reference": reference}
         given |= {name: columns[name] for name in asks.arrays if name not in _GIVEN}
         special = {"key": fresh} if asks.key else {}
@@ -151,7 +152,7 @@ def from_loss(
             name: columns[name] if name in columns else side_of(values, origins[name], form) for name in needs.arrays
         }
         special = {"loss_state": loss_state} if needs.state else {}
-        special |= {"key": jax.random.fold_in(key, 1)} if needs.key else {}
+        special |= {"key": loss_key} if needs.key else {}
         return loss(**arrays, **special, **of_loss)
 
     return objective

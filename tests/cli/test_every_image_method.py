@@ -13,6 +13,7 @@ from tiny_runs import command, losses, write_rows
 
 from dpo_jax.cli.catalogue import Method, methods
 from dpo_jax.diffusion.objectives import origin
+from dpo_jax.report import read_metrics
 from dpo_jax.signatures import read_needs
 from dpo_jax.worlds import shape_models, shapes
 
@@ -100,5 +101,6 @@ def test_method_trains(slug, world, tmp_path):
     assert answer.code == 0, answer.err
     found = losses(out)
     assert len(found) == STEPS and all(map(math.isfinite, found))
-    assert len(set(found)) > STEPS // 2  # a constant loss would have no gradient
+    assert len(set(found)) > STEPS // 2
+    assert max(line["gradient_norm"] for line in read_metrics(out)) > 0
     assert json.loads((out / "run.json").read_text())["method"] == slug

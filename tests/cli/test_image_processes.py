@@ -12,7 +12,7 @@ from tiny_images import leaves, make_tiny_images, train_words
 from tiny_runs import losses
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-STEPS = 12
+STEPS = 40
 WORDS = ("--held-out", 3, "--caption-dropout", 0.5, "--save-every", 2, "--mesh-data", 2)
 
 
@@ -109,7 +109,7 @@ GONE = """
 import os
 from dpo_jax.cli import image_data
 from dpo_jax.rows import RowError
-def gone(row, number):
+def gone(row, number, **options):
     raise RowError(row.file, 3, "the image is gone")
 if os.environ["JAX_PROCESS_ID"] == "1":
     image_data.load_image = gone

@@ -2,8 +2,8 @@
 
 A record is a folder of parts, JSON files named by the key of their bytes: key of a place -> height, width and content
 key of its image, or the reason why it is none. The key of a place holds its file's size and time of change, so that a
-file that was changed is not known. Parts appear whole or not at all, and a broken one is passed over: its images are
-decoded again. Several processes may write at the same time.
+file that was changed is not known. Parts appear whole or not at all. A broken one is removed: its images are decoded
+again. Several processes may write at the same time.
 """
 
 import json
@@ -58,8 +58,11 @@ class SeenRecord:
         for path in sorted(self.folder.glob("*.json")):
             try:
                 self._found |= _read(path)
-            except (OSError, ValueError, TypeError):
+            except OSError:
                 self.broken.append(path)
+            except (ValueError, TypeError):  # nothing can ever read it
+                self.broken.append(path)
+                path.unlink(missing_ok=True)
 
     def key(self, place: Place) -> str | None:
         """Key of a place as its file is now, or None for what is not kept: images in memory, files that are missing."""

@@ -70,12 +70,16 @@ def _opened(file: Path) -> Any:
 def open_t5_states(place: str | Path) -> T5States:
     """States of a file, or of all safetensors of a folder; their names and shapes are read, but no states.
 
+    Of a text that several files have, the states of the newest file count.
+
     Raises:
       WeightsError: no such place, a file that is not what its name says, states of several shapes or none.
     """
     place = Path(place)
     _opened.cache_clear()  # a file of the same name may have been written again
-    files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
+    files = [place]
+    if place.is_dir():
+        files = sorted(place.glob("*.safetensors"), key=lambda file: (file.stat().st_mtime_ns, file.name))
     where: dict[str, Path] = {}
     shape: tuple[int, ...] | None = None
     for file in files:

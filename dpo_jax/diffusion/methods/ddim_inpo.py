@@ -45,7 +45,7 @@ def inpo_inputs(
       clean: [N, ...]; times: [N], shared by the images of a row; condition: leaves [N, ...].
       process: what the models were trained to undo.
       reference: the frozen model, which inverts, without guidance.
-      key: of the fresh noise, which each image has of its own.
+      key: of the batch, or keys [N] of its images; of the fresh noise, which each image has of its own.
       inversion_steps: of the inversion's grid over all timesteps.
       eta: share of fresh noise after each step; 0 for none, which straight paths need.
       snap: tell the models the level that the inversion reached; False tells them the drawn timestep, as published.

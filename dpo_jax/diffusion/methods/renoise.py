@@ -177,7 +177,8 @@ def renoise_inversion(
 
     Predictions are edited from the first weighted one on, and their average again. A stochastic step is undone with
     noise that is drawn first; then that noise becomes what leads back exactly, so `replay` returns the latents however
-    far the edits went. On a deterministic table they cost the way back, and with both rates 0 it is `inversion.invert`.
+    far the edits went. Steps of such a table that have no noise, as a last one to clean latents, are not edited. On a
+    deterministic table edits cost the way back, and with both rates 0 it is `inversion.invert`.
     Large steps with much noise may not contract (see there): latents then grow, and more calls make it worse.
 
     Args:
@@ -233,13 +234,17 @@ def renoise_inversion(
             return (undo_step(landing, said, step, predicts_noise), total + weight * said), None
 
         (_, said), _ = jax.lax.scan(refine, (state, jnp.zeros_like(state)), (row, edited, jnp.stack(keys)))
-        before = undo_step(landing, regular(said, target, last_key), step, predicts_noise)
+        said = jax.lax.cond(edited[-1], regular, lambda e, *_: e, said, target, last_key)
+        before = undo_step(landing, said, step, predicts_noise)
         if noise is None:
             return before, None
         given = transition(step, denoise(predict, before, step, condition, predicts_noise))
         return before, correcting_noise(given, state)
 
-    inputs = (steps, jnp.asarray(table, jnp.float32), jnp.cumsum(table, axis=1) > 0, noises)
+    edited = np.cumsum(table, axis=1) > 0
+    if steps.std is not None:
+        edited &= (np.asarray(steps.std).reshape(count, -1) > 0).all(axis=1, keepdims=True)
+    inputs = (steps, jnp.asarray(table, jnp.float32), jnp.asarray(edited), noises)
     reverse = jax.tree.map(lambda leaf: leaf[::-1], inputs)
     end, found = jax.lax.scan(undo, start, (*reverse, jax.random.split(edit_key, count)))
     return Renoised(end, None if found is None else found[::-1])

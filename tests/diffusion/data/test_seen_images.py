@@ -160,6 +160,8 @@ def test_a_broken_part_is_passed_over(tmp_path, decoded, monkeypatch):
     (tmp_path / "cache" / "seen" / "x.json").write_bytes(b"")
     again, record = look(folder, tmp_path)
     assert len(record.broken) >= 2 and again == first
+    again, record = look(folder, tmp_path)
+    assert not record.broken and again == first
 
 
 def test_what_was_found_before_a_kill_is_kept(tmp_path, decoded, monkeypatch):

@@ -1,5 +1,7 @@
 """States of a T5 in files: what is written comes back, and what does not fit is named."""
 
+import os
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -28,6 +30,15 @@ def test_states_come_back_by_their_text(dtype, tmp_path, monkeypatch):
         np.testing.assert_array_equal(opened[text], states(number, dtype=dtype))
     one = open_t5_states(next((tmp_path / "t5").iterdir()))
     assert sum(text in one for text in [*texts, "later"]) < 3
+
+
+def test_the_newest_states_of_a_text_count(tmp_path):
+    for number in range(8):  # names are keys of what the files hold, so that they come in any order
+        before = set(tmp_path.iterdir())
+        write_t5_states(tmp_path, [("a", states(number)), (f"text {number}", states(100))])
+        (new,) = set(tmp_path.iterdir()) - before
+        os.utime(new, ns=(number, number))
+    np.testing.assert_array_equal(open_t5_states(tmp_path)["a"], states(7))
 
 
 def test_a_fingerprint_changes_with_the_file_of_the_text_alone(tmp_path):

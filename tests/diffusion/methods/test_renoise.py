@@ -201,6 +201,18 @@ def test_edits_make_the_inverted_latents_more_like_noise_and_the_corrected_noise
         np.testing.assert_allclose(end, images, atol=1e-5)
 
 
+def test_a_last_step_without_noise_is_not_edited():
+    steps, images = ddim_steps(SD, leading_timesteps(10), eta=0.3, last_alpha_cumprod=1.0), smooth_images()
+    assert steps.std[-1] == 0 and (np.asarray(steps.std[:-1]) > 0).all()
+
+    def error(**rates):
+        found = renoise_inversion(EXACT, images, steps, key=jax.random.key(2), **rates)
+        return jnp.abs(replay(EXACT, found.latents, steps, found.noises) - images).max()
+
+    edited = jit(partial(error, correlation_rate=20 * (16 / 64) ** 2))()
+    assert edited < 1e-3, edited
+
+
 def test_without_edits_it_is_the_inversion_of_a_deterministic_table():
     steps, images = TEN, smooth_images()
     weights = np.where(np.asarray(steps.time)[:, None] < 250, averaged(0, 2, 4), averaged(3, 4))

@@ -139,12 +139,14 @@ def test_stopped_by_sigterm_it_ends_as_if_never_stopped(tiny, whole, tmp_path, s
 
 
 @pytest.mark.slow
-def test_microbatches_begin_at_the_same_loss(tiny, tmp_path):
-    """Each of them draws timesteps and noise of its own, so later losses differ as those of another seed do."""
-    runs = [train_images(tiny, tmp_path / name, *EXACT, "--microbatches", 2) for name in "ab"]
-    assert all(answer.code == 0 for answer in runs), runs[0].err
-    assert losses(tmp_path / "a")[0] == pytest.approx(math.log(2), abs=1e-3)
-    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+def test_microbatches_give_the_same_numbers(tiny, tmp_path):
+    small = ("--learning-rate", 1e-4, "--no-export", *HELD)
+    for name, words in (("whole", ()), ("parts", ("--microbatches", 2))):
+        answer = train_images(tiny, tmp_path / name, *small, *words)
+        assert answer.code == 0, answer.err
+    whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
+    np.testing.assert_allclose(parts, whole, rtol=5e-3)  # beta of 5000 and Adam enlarge rounding
+    assert np.ptp(whole) > 0.05  # far above the tolerance
 
 
 @pytest.mark.slow
@@ -155,7 +157,7 @@ def test_a_mesh_of_eight_gives_the_same_numbers(tiny, tmp_path, monkeypatch):
     answer = train_images(tiny, tmp_path / "eight", *small, "--mesh-fsdp", 2, "--mesh-model", 2)
     assert answer.code == 0, answer.err
     one, eight = losses(tmp_path / "one"), losses(tmp_path / "eight")
-    assert eight[0] == pytest.approx(one[0], abs=1e-4)
+    assert eight[0] == pytest.approx(one[0], abs=1e-3)  # beta is 5000: rounding shows
     np.testing.assert_allclose(eight, one, rtol=5e-3)  # beta of 5000 and Adam enlarge rounding
 
 

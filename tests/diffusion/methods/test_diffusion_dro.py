@@ -194,4 +194,5 @@ def test_turns_draw_samples_to_the_experts(seed):
 
     objective = from_loss(dro_loss, four_modes.DIFFUSION, inputs=dro_inputs, margin=0.1)
     _, rewards = four_modes.learn(objective, turn, turns=200, rate=1e-3, seed=seed)
-    assert rewards[-20:].mean() > rewards[:20].mean() + 3
+    # It learns so soon that the mean of the first twenty turns is no start.
+    assert rewards[-20:].mean() > rewards[:3].mean() + 5

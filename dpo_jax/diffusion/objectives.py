@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.diffusion.draws import normal
+from dpo_jax.diffusion.draws import normal, split_keys
 from dpo_jax.diffusion.errors import STATISTICS, Inputs, measure, noised_inputs
 from dpo_jax.diffusion.process import Process, draw_times, level_of
 from dpo_jax.diffusion.schedule import offset_noise as with_offset
@@ -167,18 +167,18 @@ def _given(batch: DiffusionBatch, process: Process, key: Array, offset: float) -
         array = jnp.broadcast_to(array, (rows, images, *array.shape[2:]))
         return array.reshape(rows * images, *array.shape[2:])
 
-    def split(keys: Array, count: int) -> Array:
-        return jax.vmap(lambda one: jax.random.split(one, count))(keys)
+    def of_images(keys: Array, images: int) -> Array:
+        return split_keys(keys, images).T.reshape(-1)
 
     def gaussian(keys: Array, images: int) -> Array:
         """[B, images, ...]"""
-        plain, shifted = split(split(keys, images).reshape(-1), 2).T
+        plain, shifted = split_keys(of_images(keys, images), 2)
         flat = normal(plain, (rows * images, *shape))
         flat = with_offset(shifted, flat, strength=offset) if offset else flat
         return flat.reshape(rows, images, *shape)
 
     of_rows = jax.random.split(key, rows) if batch.seeds is None else jax.vmap(jax.random.key)(batch.seeds)
-    time_keys, spread_keys, shared_keys, own_keys, fresh_keys = split(of_rows, 5).T
+    time_keys, spread_keys, shared_keys, own_keys, fresh_keys = split_keys(of_rows, 5)
     clean = jnp.asarray(batch.latents, jnp.float32)
     if batch.spread is not None:
         clean = clean + batch.spread * normal(spread_keys, clean.shape)
@@ -192,7 +192,7 @@ def _given(batch: DiffusionBatch, process: Process, key: Array, offset: float) -
         "process": process,
         "images": images,
     }
-    return given, split(fresh_keys, images).reshape(-1)
+    return given, of_images(fresh_keys, images)
 
 
 def _computed(

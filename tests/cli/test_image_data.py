@@ -66,15 +66,20 @@ def encoded(model, folder, form, *, cache=None, columns=(), **options):
     return encoded.examples, cache
 
 
-def test_every_image_is_decoded_once_to_check_and_once_to_encode(model, tmp_path, monkeypatch):
-    decoded = []
-    real = decoding.decode
+@pytest.fixture
+def decoded(monkeypatch):
+    """Places of the images that were decoded, one after another."""
+    places, real = [], decoding.decode
 
     def decode(place, **options):
-        decoded.append(place)
+        places.append(place)
         return real(place, **options)
 
     monkeypatch.setattr(decoding, "decode", decode)
+    return places
+
+
+def test_every_image_is_decoded_once_to_check_and_once_to_encode(model, tmp_path, decoded):
     folder = make_image_folder(tmp_path / "rows", count=5)
     examples, cache = encoded(model, folder, "pairs")
     assert len(decoded) == 10 + 12 and len(model.made) >= 10  # the last three of four times three are filled up
@@ -173,15 +178,7 @@ def test_entries_come_back_after_a_broken_file(model, tmp_path):
         np.testing.assert_array_equal(again[key]["latents"], latents)
 
 
-def test_a_second_start_decodes_nothing(model, tmp_path, monkeypatch):
-    decoded = []
-    real = decoding.decode
-
-    def decode(place, **options):
-        decoded.append(place)
-        return real(place, **options)
-
-    monkeypatch.setattr(decoding, "decode", decode)
+def test_a_second_start_decodes_nothing(model, tmp_path, decoded):
     folder = make_image_folder(tmp_path / "rows", count=4)
     others = make_image_folder(tmp_path / "others", count=2, seed=1)
     (folder / "2_rejected.png").write_bytes(b"no image")

@@ -5,6 +5,9 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from tiny_runs import Tiny, make_pairs, make_tiny
 
+from dpo_jax.cli import image_evaluate, image_generate, image_train
+from dpo_jax.sharding import make_mesh
+
 
 @pytest.fixture(scope="session")
 def _cache_folder(tmp_path_factory):
@@ -37,3 +40,10 @@ def tiny(tmp_path_factory) -> Tiny:
     folder = tmp_path_factory.mktemp("tiny")
     rows = make_pairs(folder / "pairs.jsonl")
     return Tiny(make_tiny(folder / "model", rows), rows, make_tiny(folder / "other", rows, seed=1))
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Programs for eight devices take twice as long to compile; `mesh_of` itself is tested with all of them."""
+    for module in (image_train, image_generate, image_evaluate):
+        monkeypatch.setattr(module, "mesh_of", lambda config: make_mesh(devices=jax.devices()[:1]))

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from tiny_images import change_rows, leaves, make_image_folder, make_tiny_images, same_bytes, train_images
 from tiny_runs import command, losses
 
-from dpo_jax.cli import image_evaluate, image_generate, image_train, loop
+from dpo_jax.cli import image_evaluate, image_train, loop
 from dpo_jax.diffusion.models.folder import open_pipeline
 from dpo_jax.sharding import make_mesh
 
@@ -28,11 +28,7 @@ def tiny(tmp_path_factory):
     return make_tiny_images(tmp_path_factory.mktemp("images"))
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """Programs for eight devices take twice as long to compile; `mesh_of` itself is tested with all of them."""
-    for module in (image_train, image_generate, image_evaluate):
-        monkeypatch.setattr(module, "mesh_of", lambda config: make_mesh(devices=jax.devices()[:1]))
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")

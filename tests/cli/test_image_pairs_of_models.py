@@ -11,7 +11,7 @@ from tiny_images import TinyImages, make_image_folder, train_images
 from tiny_pipelines import make_tiny_pipeline
 from tiny_runs import command
 
-from dpo_jax.cli import image_evaluate, image_generate, image_train
+from dpo_jax.cli import image_train
 from dpo_jax.cli.image_configs import ImageModelConfig
 from dpo_jax.cli.image_models import image_decoder, image_encoder, open_images
 from dpo_jax.diffusion.data.cache import Cache
@@ -19,11 +19,7 @@ from dpo_jax.diffusion.models.folder import load_autoencoder
 from dpo_jax.diffusion.models.vae import autoencoder_function, from_latents, to_latents
 from dpo_jax.sharding import make_mesh
 
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    for module in (image_train, image_generate, image_evaluate):
-        monkeypatch.setattr(module, "mesh_of", lambda config: make_mesh(devices=jax.devices()[:1]))
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")

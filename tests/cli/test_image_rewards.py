@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,15 +13,12 @@ from dpo_jax.diffusion.models import clip, clip_config
 from dpo_jax.diffusion.models.clip_config import ClipConfig, TextConfig, VisionConfig
 from dpo_jax.diffusion.models.weights import TRANSFORMERS, save_model
 from dpo_jax.diffusion.rewards import load_reward
-from dpo_jax.sharding import make_mesh
 from dpo_jax.worlds.shape_models import END, clip_vocabulary, write_clip_tokenizer
 
 PROMPTS = ("a red circle", "the large blue square and a small triangle")
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    monkeypatch.setattr(image_evaluate, "mesh_of", lambda config: make_mesh(devices=jax.devices()[:1]))
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_images import change_rows, make_tiny_images, train_images
 from tiny_runs import command
 
-from dpo_jax.cli import image_evaluate, image_generate, image_train
+from dpo_jax.cli import image_generate
 from dpo_jax.cli.image_configs import ImageDataConfig, ImageModelConfig
 from dpo_jax.cli.image_data import encode_rows, read_image_rows
 from dpo_jax.cli.image_models import open_images
@@ -26,10 +26,7 @@ PROMPT, OTHER = "a red circle", "a blue square"
 LENGTH, WIDTH, LENGTH_OF_CLIP = 5, 24, 12
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    for module in (image_train, image_generate, image_evaluate):
-        monkeypatch.setattr(module, "mesh_of", lambda config: make_mesh(devices=jax.devices()[:1]))
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,9 @@ import pytest
 from PIL import Image
 from tiny_runs import command, losses, write_rows
 
-from dpo_jax.cli import image_train
 from dpo_jax.cli.catalogue import method
 from dpo_jax.cli.image_configs import ImageModelConfig
 from dpo_jax.cli.image_train import start_noise_of
-from dpo_jax.sharding import make_mesh
 from dpo_jax.worlds import shape_models, shapes
 
 SIZE = 8
@@ -41,10 +39,7 @@ def words(tmp_path_factory):
     return ("train", "inversion-dpo", *fixed, "--held-out", 0, "--no-export", "--save-every", 0, "--json")
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """Programs for eight devices take twice as long to compile."""
-    monkeypatch.setattr(image_train, "mesh_of", lambda config: make_mesh(devices=jax.devices()[:1]))
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.mark.slow

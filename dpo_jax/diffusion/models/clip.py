@@ -5,6 +5,7 @@ scanned. Diffusion models read all hidden states of the text tower (`TextStates.
 """
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -264,6 +265,8 @@ def clip_function(config: ClipConfig, types: Types = _FLOAT32, adapters: PyTree 
     Raises:
       ValueError: an adapter of what is no linear layer.
     """
+    if adapters is None:
+        return _plain(config, types)[0]
     model = _abstract(config, types)
     set_adapters(model, adapters)
     return functional(model)[0]
@@ -276,7 +279,13 @@ def init_variables(config: ClipConfig, key: Array, types: Types = _FLOAT32) -> P
 
 def abstract_variables(config: ClipConfig, types: Types = _FLOAT32) -> PyTree:
     """Shapes and dtypes of the variables, without making any."""
-    return functional(_abstract(config, types))[1]
+    return jax.tree.map(lambda leaf: leaf, _plain(config, types)[1])
+
+
+@cache
+def _plain(config: ClipConfig, types: Types) -> tuple[Callable, PyTree]:
+    """Function and abstract variables of a config, made once: a run asks for them often, and tracing takes seconds."""
+    return functional(_abstract(config, types))
 
 
 def _abstract(config: ClipConfig, types: Types) -> Clip:

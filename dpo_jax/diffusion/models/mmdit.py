@@ -7,7 +7,7 @@ then the others. The last block stands by itself, for it leaves the text behind.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -323,6 +323,8 @@ def mmdit_function(config: MMDiTConfig, adapters: PyTree = None) -> Callable[...
     Raises:
       ValueError: an adapter of what is no linear layer.
     """
+    if adapters is None:
+        return _plain(config)[0]
     model = _abstract(config)
     set_adapters(model, adapters)
     return functional(model)[0]
@@ -335,7 +337,13 @@ def init_variables(config: MMDiTConfig, key: Array) -> PyTree:
 
 def abstract_variables(config: MMDiTConfig) -> PyTree:
     """Shapes and dtypes of the variables, without making any."""
-    return functional(_abstract(config))[1]
+    return jax.tree.map(lambda leaf: leaf, _plain(config)[1])
+
+
+@cache
+def _plain(config: MMDiTConfig) -> tuple[Callable, PyTree]:
+    """Function and abstract variables of a config, made once: a run asks for them often, and tracing takes seconds."""
+    return functional(_abstract(config))
 
 
 def _abstract(config: MMDiTConfig) -> MMDiT:

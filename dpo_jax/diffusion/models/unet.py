@@ -6,6 +6,7 @@ What it predicts (noise, velocity) is its training's choice; small models for pi
 
 import re
 from collections.abc import Callable
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +124,9 @@ def unet_function(config: UNetConfig, adapters: PyTree = None) -> Callable[..., 
     Raises:
       ValueError: an adapter of what is no linear layer.
     """
-    model = nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0)))
+    if adapters is None:
+        return _plain(config)[0]
+    model = _abstract(config)
     set_adapters(model, adapters)
     return functional(model)[0]
 
@@ -135,7 +138,17 @@ def init_variables(config: UNetConfig, key: Array) -> PyTree:
 
 def abstract_variables(config: UNetConfig) -> PyTree:
     """Shapes and dtypes of the variables, without making any."""
-    return functional(nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0))))[1]
+    return jax.tree.map(lambda leaf: leaf, _plain(config)[1])
+
+
+@cache
+def _plain(config: UNetConfig) -> tuple[Callable, PyTree]:
+    """Function and abstract variables of a config, made once: a run asks for them often, and tracing takes seconds."""
+    return functional(_abstract(config))
+
+
+def _abstract(config: UNetConfig) -> UNet:
+    return nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0)))
 
 
 def weight_table(config: UNetConfig) -> dict[str, Place]:

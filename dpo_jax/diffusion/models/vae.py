@@ -5,7 +5,7 @@ encoder says (`Posterior`) and what the decoder takes are unscaled; a diffusion 
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -337,7 +337,7 @@ def _blended(earlier: Array, later: Array, extent: int, axis: int) -> Array:
 
 def autoencoder_function(config: AutoencoderConfig, types: Types = _FLOAT32) -> Callable[..., Any]:
     """`apply_fn(variables, x, method="encode")` (or decode, tiled_encode, tiled_decode), without making any weights."""
-    return functional(_abstract(config, types))[0]
+    return _plain(config, types)[0]
 
 
 def init_variables(config: AutoencoderConfig, key: Array, types: Types = _FLOAT32) -> PyTree:
@@ -347,7 +347,13 @@ def init_variables(config: AutoencoderConfig, key: Array, types: Types = _FLOAT3
 
 def abstract_variables(config: AutoencoderConfig, types: Types = _FLOAT32) -> PyTree:
     """Shapes and dtypes of the variables, without making any."""
-    return functional(_abstract(config, types))[1]
+    return jax.tree.map(lambda leaf: leaf, _plain(config, types)[1])
+
+
+@cache
+def _plain(config: AutoencoderConfig, types: Types) -> tuple[Callable, PyTree]:
+    """Function and abstract variables of a config, made once: a run asks for them often, and tracing takes seconds."""
+    return functional(_abstract(config, types))
 
 
 def _abstract(config: AutoencoderConfig, types: Types) -> Autoencoder:

@@ -7,7 +7,7 @@ scanned with their weights. Other families add fields to the config, not subclas
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
@@ -277,7 +277,9 @@ def decoder_function(config: DecoderConfig, adapters: PyTree = None, *, kernels:
     Raises:
       ValueError: an adapter of what is no linear layer.
     """
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    if adapters is None and kernels is None:
+        return _plain(config)[0]
+    model = _abstract(config)
     set_adapters(model, adapters)
     if kernels is not None:
         set_small_kernels(model, kernels)
@@ -291,4 +293,14 @@ def init_variables(config: DecoderConfig, key: Array) -> PyTree:
 
 def abstract_variables(config: DecoderConfig) -> PyTree:
     """Shapes and dtypes of the variables, without making any."""
-    return functional(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))[1]
+    return jax.tree.map(lambda leaf: leaf, _plain(config)[1])
+
+
+@cache
+def _plain(config: DecoderConfig) -> tuple[Callable, PyTree]:
+    """Function and abstract variables of a config, made once: a run asks for them often, and tracing takes seconds."""
+    return functional(_abstract(config))
+
+
+def _abstract(config: DecoderConfig) -> Decoder:
+    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))

@@ -68,7 +68,7 @@ def test_gradient_of_a_real_denoiser_at_the_reference_is_that_of_the_errors():
         return jnp.mean(from_loss(only, PROCESS)(denoiser(statistic), None, batch, key).loss)
 
     expected = beta / 4 * jax.grad(error_of)(PARAMS)  # the same key draws the same noise and timesteps
-    assert np.all(np.abs(expected) > 0.05)
+    assert np.all(np.abs(expected) > 0.02)
     np.testing.assert_allclose(slope, expected, rtol=1e-4)
 
 

@@ -28,14 +28,6 @@ WIDE = DecoderConfig(VOCABULARY, 128, 256, layers=2, heads=4, key_value_heads=4,
 ALONE = (1, 1, 1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-    """Half of the time of a test would go into optimising programs that run for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def pairs():
     """16 rows of one or two ragged pairs."""
     rng = np.random.default_rng(8)
@@ -98,8 +90,7 @@ def test_the_reference_says_what_the_base_says():
 
 
 @pytest.mark.parametrize("dora", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_no_gradient_of_a_kernels_size_is_computed(dora):
-    jax.config.update("jax_disable_most_optimizations", False)
+def test_no_gradient_of_a_kernels_size_is_computed(dora, optimised):
     costs = []
     for selected in (lambda name: True, is_trainable):
         variables, apply_fn = start(WIDE, LoraConfig(rank=1, dora=dora), moved=False)
@@ -108,7 +99,6 @@ def test_no_gradient_of_a_kernels_size_is_computed(dora):
         step, state, batch = steps_of(variables, apply_fn, ALONE, trainable=selected)
         compiled = step.lower(state, batch).compile()
         costs.append(step_needs(compiled, state, batch))
-    jax.config.update("jax_disable_most_optimizations", True)
     full, adapters = costs
     # Of the four products of a kernel (forward, two backward, reference) that of its gradient is saved.
     assert adapters.flops < 0.82 * full.flops

@@ -19,15 +19,6 @@ from dpo_jax.sharding import P
 from dpo_jax.train import variables_of
 from dpo_jax.tree import named_leaves
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-    """Half of the time of a test would go into optimising programs that run for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 KINDS = pytest.mark.parametrize("kind", ["int8", "nf4"])
 # Tests compile much and compute little.
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -160,10 +151,9 @@ def test_no_product_has_the_size_of_a_kernel(kind, dora):
 
 
 @pytest.mark.slow
-def test_the_compiled_gradient_holds_less():
+def test_the_compiled_gradient_holds_less(optimised):
     config = replace(WIDE, layers=4)
     rows = [np.zeros((2, 8), np.int32)] * 3
-    jax.config.update("jax_disable_most_optimizations", False)
     base, held = abstract_variables(config), {}
     adapters = jax.eval_shape(lambda key, v: init_adapters(key, v, LoraConfig(rank=1)), jax.random.key(0), base)
     for kind in (None, "int8", "nf4"):
@@ -174,7 +164,6 @@ def test_the_compiled_gradient_holds_less():
             return jnp.sum(function(with_adapters(small, adapters), *rows).hidden)
 
         held[kind] = jax.jit(jax.grad(total)).lower(adapters, small).compile().memory_analysis()
-    jax.config.update("jax_disable_most_optimizations", True)
     one_layer = 4 * (4 * 128 * 128 + 3 * 128 * 256)  # float32
     for kind, share in (("int8", 1 / 4), ("nf4", 4.5 / 32)):
         saved = held[None].argument_size_in_bytes - held[kind].argument_size_in_bytes

@@ -3,9 +3,12 @@
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
 from tiny_runs import Tiny, make_pairs, make_tiny
 
-from dpo_jax.cli import image_evaluate, image_generate, image_train
+from dpo_jax.cli import evaluate, generate, image_evaluate, image_generate, image_train, train
+from dpo_jax.cli.checks import mesh_of
+from dpo_jax.cli.configs import MeshConfig
 from dpo_jax.sharding import make_mesh
 
 
@@ -39,8 +42,15 @@ def tiny(tmp_path_factory) -> Tiny:
     return Tiny(make_tiny(folder / "model", rows), rows, make_tiny(folder / "other", rows, seed=1))
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-    """Programs for eight devices take twice as long to compile; `mesh_of` itself is tested with all of them."""
-    for module in (image_train, image_generate, image_evaluate):
-        monkeypatch.setattr(module, "mesh_of", lambda config: make_mesh(devices=jax.devices()[:1]))
+@pytest.fixture(scope="module", autouse=True)
+def _one_device_unless_asked():
+    """A run without a word on its mesh takes one device: programs for eight take several times as long to compile."""
+
+    def chosen(config: MeshConfig) -> Mesh:
+        alone = (config.mesh_data, config.mesh_fsdp, config.mesh_expert, config.mesh_model) == (-1, 1, 1, 1)
+        return make_mesh(devices=jax.devices()[:1]) if alone and config.mesh_slices == 1 else mesh_of(config)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (train, evaluate, generate, image_train, image_evaluate, image_generate):
+            patch.setattr(module, "mesh_of", chosen)
+        yield

@@ -6,7 +6,6 @@ import os
 import signal
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,9 +13,8 @@ from safetensors.numpy import load_file
 from tiny_images import change_rows, leaves, make_image_folder, make_tiny_images, same_bytes, train_images
 from tiny_runs import command, losses
 
-from dpo_jax.cli import image_evaluate, image_train, loop
+from dpo_jax.cli import image_evaluate, loop
 from dpo_jax.diffusion.models.folder import open_pipeline
-from dpo_jax.sharding import make_mesh
 
 STEPS = 4
 HELD = ("--held-out", 2.0)
@@ -28,16 +26,11 @@ def tiny(tmp_path_factory):
     return make_tiny_images(tmp_path_factory.mktemp("images"))
 
 
-pytestmark = pytest.mark.usefixtures("one_device")
-
-
 @pytest.fixture(scope="module")
 def whole(tiny, tmp_path_factory):
     """Folder of a run of the whole model that nothing interrupted."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(image_train, "mesh_of", lambda config: make_mesh(devices=jax.devices()[:1]))
-        out = tmp_path_factory.mktemp("whole")
-        answer = train_images(tiny, out, "--caption-dropout", 0.3, "--ema-decay", 0.9, "--save-every", 2, *HELD)
+    out = tmp_path_factory.mktemp("whole")
+    answer = train_images(tiny, out, "--caption-dropout", 0.3, "--ema-decay", 0.9, "--save-every", 2, *HELD)
     assert answer.code == 0, answer.err
     return out
 
@@ -45,10 +38,8 @@ def whole(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def adapted(tiny, tmp_path_factory):
     """Folder of a run of adapters."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(image_train, "mesh_of", lambda config: make_mesh(devices=jax.devices()[:1]))
-        out = tmp_path_factory.mktemp("adapted")
-        answer = train_images(tiny, out, "--lora-rank", 2, "--held-out", 0)
+    out = tmp_path_factory.mktemp("adapted")
+    answer = train_images(tiny, out, "--lora-rank", 2, "--held-out", 0)
     assert answer.code == 0, answer.err
     return out
 
@@ -146,10 +137,9 @@ def test_microbatches_give_the_same_numbers(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_mesh_of_eight_gives_the_same_numbers(tiny, tmp_path, monkeypatch):
+def test_a_mesh_of_eight_gives_the_same_numbers(tiny, tmp_path):
     small = ("--learning-rate", 1e-4, "--no-export", *HELD)
     assert train_images(tiny, tmp_path / "one", *small).code == 0
-    monkeypatch.undo()
     answer = train_images(tiny, tmp_path / "eight", *small, "--mesh-fsdp", 2, "--mesh-model", 2)
     assert answer.code == 0, answer.err
     one, eight = losses(tmp_path / "one"), losses(tmp_path / "eight")

@@ -12,10 +12,8 @@ from safetensors.numpy import load_file
 from tiny_images import TinyImages, leaves, make_tiny_images, same_bytes, train_words
 from tiny_runs import command, losses
 
-from dpo_jax.cli import image_generate
 from dpo_jax.diffusion.models.folder import Kind, denoiser_name, load_denoiser, open_pipeline, predict_function
 from dpo_jax.diffusion.types import TextCondition
-from dpo_jax.sharding import make_mesh
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS = 40
@@ -84,8 +82,7 @@ def test_the_export_has_the_trained_weights_and_all_else_as_it_was(run, tmp_path
     same_bytes(run.out / "export", tmp_path / "again", "nothing")
 
 
-def test_images_of_what_was_trained(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(image_generate, "mesh_of", lambda config: make_mesh(devices=jax.devices()[:1]))
+def test_images_of_what_was_trained(run, tmp_path):
     given = ("--prompt", "a red circle", "a blue square", "--out", tmp_path, "--sampling-steps", 2)
     answer = command("generate", "--model", run.out, *given, "--json")
     assert answer.code == 0, answer.err

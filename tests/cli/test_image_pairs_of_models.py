@@ -19,8 +19,6 @@ from dpo_jax.diffusion.models.folder import load_autoencoder
 from dpo_jax.diffusion.models.vae import autoencoder_function, from_latents, to_latents
 from dpo_jax.sharding import make_mesh
 
-pytestmark = pytest.mark.usefixtures("one_device")
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

@@ -18,9 +18,6 @@ from dpo_jax.worlds.shape_models import END, clip_vocabulary, write_clip_tokeniz
 PROMPTS = ("a red circle", "the large blue square and a small triangle")
 
 
-pytestmark = pytest.mark.usefixtures("one_device")
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return make_tiny_pipeline(tmp_path_factory.mktemp("model"), "sd")

@@ -26,9 +26,6 @@ PROMPT, OTHER = "a red circle", "a blue square"
 LENGTH, WIDTH, LENGTH_OF_CLIP = 5, 24, 12
 
 
-pytestmark = pytest.mark.usefixtures("one_device")
-
-
 @pytest.fixture(scope="module")
 def sd3(tmp_path_factory):
     return make_tiny_images(tmp_path_factory.mktemp("sd3"), "sd3")

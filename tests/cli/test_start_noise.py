@@ -39,9 +39,6 @@ def words(tmp_path_factory):
     return ("train", "inversion-dpo", *fixed, "--held-out", 0, "--no-export", "--save-every", 0, "--json")
 
 
-pytestmark = pytest.mark.usefixtures("one_device")
-
-
 @pytest.mark.slow
 def test_adapters_move(words, tmp_path):
     # Pixels of an untrained model differ little: the betas of latents would not be felt in float32.

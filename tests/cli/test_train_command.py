@@ -118,6 +118,7 @@ def test_first_loss_against_another_reference_is_the_one_computed_by_hand(tiny, 
 SPLITS = {
     "padded": ("--layout", "padded"),
     "microbatches": ("--microbatches", 2),
+    "data": ("--mesh-data", 8),
     "fsdp": ("--mesh-data", 2, "--mesh-fsdp", 4),
     "tensor parallel": ("--mesh-data", 1, "--mesh-fsdp", 4, "--mesh-model", 2),
     "microbatches on a mesh": ("--mesh-fsdp", 2, "--mesh-model", 4, "--microbatches", 4),

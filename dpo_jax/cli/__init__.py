@@ -60,8 +60,8 @@ def _train(words: list[str]) -> None:
         from dpo_jax.cli.configs import train_config_class
         from dpo_jax.cli.train import train
     else:
-        from dpo_jax.cli.image_configs import image_train_config_class as train_config_class
-        from dpo_jax.cli.image_train import train_images as train
+        from dpo_jax.cli.images.configs import image_train_config_class as train_config_class
+        from dpo_jax.cli.images.train import train_images as train
     config_class = train_config_class(chosen)
     path, rest = take_config_option(words[1:])
     default = read_config(path, config_class, command="train", method=chosen.slug) if path else None
@@ -73,7 +73,7 @@ def _evaluate(words: list[str]) -> None:
     from dpo_jax.cli.configs import parse
 
     if _of_images(words):
-        from dpo_jax.cli.image_evaluate import ImageEvaluateConfig, evaluate_images
+        from dpo_jax.cli.images.evaluate import ImageEvaluateConfig, evaluate_images
 
         evaluate_images(parse(ImageEvaluateConfig, words, prog="dpo-jax evaluate"))
         return
@@ -86,7 +86,7 @@ def _generate(words: list[str]) -> None:
     from dpo_jax.cli.configs import parse
 
     if _of_images(words):
-        from dpo_jax.cli.image_generate import ImageGenerateConfig, generate_images
+        from dpo_jax.cli.images.generate import ImageGenerateConfig, generate_images
 
         generate_images(parse(ImageGenerateConfig, words, prog="dpo-jax generate"))
         return

@@ -19,10 +19,10 @@ from PIL import Image
 
 from dpo_jax.cli.console import OutputConfig, UsageError, result, say
 from dpo_jax.cli.demo_training import open_folder, trained
-from dpo_jax.cli.image_configs import ImageModelConfig
-from dpo_jax.cli.image_generate import conditions_of
-from dpo_jax.cli.image_models import OpenPipeline, denoiser_function, open_images
-from dpo_jax.cli.image_sampling import ImageSampler, SamplingConfig, grid_of
+from dpo_jax.cli.images.configs import ImageModelConfig
+from dpo_jax.cli.images.generate import conditions_of
+from dpo_jax.cli.images.models import OpenPipeline, denoiser_function, open_images
+from dpo_jax.cli.images.sampling import ImageSampler, SamplingConfig, grid_of
 from dpo_jax.cli.loop import Course
 from dpo_jax.diffusion.data.batches import ImageExample, batches
 from dpo_jax.diffusion.methods import diffusion_dpo_sft_loss, diffusion_sft_loss

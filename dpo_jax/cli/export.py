@@ -14,10 +14,10 @@ from dpo_jax.cli.adapters import adapted_model, frozen_part, write_model
 from dpo_jax.cli.catalogue import Method, method
 from dpo_jax.cli.configs import CONFIG_FILE, read_config, train_config_class
 from dpo_jax.cli.console import OutputConfig, UsageError, result, say
-from dpo_jax.cli.image_adapters import adapted_pipeline, write_pipeline
-from dpo_jax.cli.image_adapters import frozen_part as image_frozen_part
-from dpo_jax.cli.image_configs import image_train_config_class
-from dpo_jax.cli.image_models import open_images
+from dpo_jax.cli.images.adapters import adapted_pipeline, write_pipeline
+from dpo_jax.cli.images.adapters import frozen_part as image_frozen_part
+from dpo_jax.cli.images.configs import image_train_config_class
+from dpo_jax.cli.images.models import open_images
 from dpo_jax.cli.models import open_model
 from dpo_jax.language.models.decoder import RULES
 from dpo_jax.sharding import Rules, make_mesh, tree_shardings

@@ -6,9 +6,12 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from tiny_runs import Tiny, make_pairs, make_tiny
 
-from dpo_jax.cli import evaluate, generate, image_evaluate, image_generate, image_train, train
+from dpo_jax.cli import evaluate, generate, train
 from dpo_jax.cli.checks import mesh_of
 from dpo_jax.cli.configs import MeshConfig
+from dpo_jax.cli.images import evaluate as image_evaluate
+from dpo_jax.cli.images import generate as image_generate
+from dpo_jax.cli.images import train as image_train
 from dpo_jax.sharding import make_mesh
 
 

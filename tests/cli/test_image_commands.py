@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 from tiny_images import change_rows, leaves, make_image_folder, make_tiny_images, same_bytes, train_images
 from tiny_runs import command, losses
 
-from dpo_jax.cli import image_evaluate, loop
+from dpo_jax.cli import loop
+from dpo_jax.cli.images import evaluate as image_evaluate
 from dpo_jax.diffusion.models.folder import open_pipeline
 
 STEPS = 4
@@ -149,7 +150,7 @@ def test_a_mesh_of_eight_gives_the_same_numbers(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_a_shared_cache_is_filled_once(tiny, whole, tmp_path, monkeypatch):
-    from dpo_jax.cli import image_data
+    from dpo_jax.cli.images import data as image_data
 
     def never(*arguments):
         raise AssertionError("everything is in the cache")

@@ -11,11 +11,11 @@ from PIL import Image
 from tiny_images import make_image_folder
 from tiny_runs import write_rows
 
-from dpo_jax.cli import image_data
 from dpo_jax.cli.catalogue import method
 from dpo_jax.cli.configs import LoopConfig
-from dpo_jax.cli.image_configs import ImageDataConfig, image_train_config_class
-from dpo_jax.cli.image_data import encode_rows, prepare_images, read_image_rows
+from dpo_jax.cli.images import data as image_data
+from dpo_jax.cli.images.configs import ImageDataConfig, image_train_config_class
+from dpo_jax.cli.images.data import encode_rows, prepare_images, read_image_rows
 from dpo_jax.diffusion.data import decoding
 from dpo_jax.diffusion.data.batches import collate
 from dpo_jax.diffusion.data.cache import Cache

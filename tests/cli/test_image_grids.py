@@ -8,7 +8,7 @@ import pytest
 from make_scheduler_fixtures import CASES, FILE, SCALED
 
 from dpo_jax.cli.console import UsageError
-from dpo_jax.cli.image_sampling import Sampler, SamplingConfig, steps_of
+from dpo_jax.cli.images.sampling import Sampler, SamplingConfig, steps_of
 from dpo_jax.diffusion.models.scheduler import noising_from_dict
 
 EXPECTED = np.load(FILE)

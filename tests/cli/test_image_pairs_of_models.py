@@ -11,9 +11,9 @@ from tiny_images import TinyImages, make_image_folder, train_images
 from tiny_pipelines import make_tiny_pipeline
 from tiny_runs import command
 
-from dpo_jax.cli import image_train
-from dpo_jax.cli.image_configs import ImageModelConfig
-from dpo_jax.cli.image_models import image_decoder, image_encoder, open_images
+from dpo_jax.cli.images import train as image_train
+from dpo_jax.cli.images.configs import ImageModelConfig
+from dpo_jax.cli.images.models import image_decoder, image_encoder, open_images
 from dpo_jax.diffusion.data.cache import Cache
 from dpo_jax.diffusion.models.folder import load_autoencoder
 from dpo_jax.diffusion.models.vae import autoencoder_function, from_latents, to_latents

@@ -107,7 +107,7 @@ def test_a_broken_image_is_left_out_by_both(runs):
 # The second process loses an image between the check and the encoding.
 GONE = """
 import os
-from dpo_jax.cli import image_data
+from dpo_jax.cli.images import data as image_data
 from dpo_jax.rows import RowError
 def gone(row, number, **options):
     raise RowError(row.file, 3, "the image is gone")

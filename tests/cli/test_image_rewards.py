@@ -8,7 +8,7 @@ from PIL import Image
 from tiny_pipelines import WORDS, make_tiny_pipeline, random_variables
 from tiny_runs import command
 
-from dpo_jax.cli import image_evaluate
+from dpo_jax.cli.images import evaluate as image_evaluate
 from dpo_jax.diffusion.models import clip, clip_config
 from dpo_jax.diffusion.models.clip_config import ClipConfig, TextConfig, VisionConfig
 from dpo_jax.diffusion.models.weights import TRANSFORMERS, save_model

@@ -10,12 +10,12 @@ from PIL import Image
 from tiny_images import change_rows, make_tiny_images, train_images
 from tiny_runs import command
 
-from dpo_jax.cli import image_generate
-from dpo_jax.cli.image_configs import ImageDataConfig, ImageModelConfig
-from dpo_jax.cli.image_data import encode_rows, read_image_rows
-from dpo_jax.cli.image_models import open_images
-from dpo_jax.cli.image_sampling import SamplingConfig
-from dpo_jax.cli.image_texts import halved, open_t5
+from dpo_jax.cli.images import generate as image_generate
+from dpo_jax.cli.images.configs import ImageDataConfig, ImageModelConfig
+from dpo_jax.cli.images.data import encode_rows, read_image_rows
+from dpo_jax.cli.images.models import open_images
+from dpo_jax.cli.images.sampling import SamplingConfig
+from dpo_jax.cli.images.texts import halved, open_t5
 from dpo_jax.diffusion.data.cache import Cache
 from dpo_jax.diffusion.data.t5_states import open_t5_states, write_t5_states
 from dpo_jax.diffusion.models.folder import load_encoders

@@ -13,8 +13,8 @@ from PIL import Image
 from tiny_runs import command, losses, write_rows
 
 from dpo_jax.cli.catalogue import method
-from dpo_jax.cli.image_configs import ImageModelConfig
-from dpo_jax.cli.image_train import start_noise_of
+from dpo_jax.cli.images.configs import ImageModelConfig
+from dpo_jax.cli.images.train import start_noise_of
 from dpo_jax.worlds import shape_models, shapes
 
 SIZE = 8

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.cli.console import UsageError, say
-from dpo_jax.cli.image_models import Entries, OpenPipeline
+from dpo_jax.cli.images.models import Entries, OpenPipeline
 from dpo_jax.diffusion.data.cache import content_key
 from dpo_jax.diffusion.data.t5_states import T5States, open_t5_states
 from dpo_jax.diffusion.models.folder import load_encoders

@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 from dpo_jax.cli.catalogue import Method
 from dpo_jax.cli.console import UsageError, say
 from dpo_jax.cli.data import report_skipped
-from dpo_jax.cli.image_checks import check_columns, check_objective
-from dpo_jax.cli.image_configs import ImageDataConfig
-from dpo_jax.cli.image_models import OpenPipeline, image_encoder
-from dpo_jax.cli.image_texts import halved, lacking, open_t5, require_states, text_encoder, text_key
+from dpo_jax.cli.images.checks import check_columns, check_objective
+from dpo_jax.cli.images.configs import ImageDataConfig
+from dpo_jax.cli.images.models import OpenPipeline, image_encoder
+from dpo_jax.cli.images.texts import halved, lacking, open_t5, require_states, text_encoder, text_key
 from dpo_jax.cli.processes import agreed, from_all, true_everywhere
 from dpo_jax.diffusion.data.batches import ImageExample, steps_per_epoch
 from dpo_jax.diffusion.data.cache import Cache, Entry, content_key, fill

@@ -12,7 +12,7 @@ import numpy as np
 from dpo_jax.cli.catalogue import Method, initial_loss_state
 from dpo_jax.cli.checks import check_adapter_course, check_course, check_optimizer, check_ranges, option
 from dpo_jax.cli.console import UsageError
-from dpo_jax.cli.image_configs import ImageAdapterConfig
+from dpo_jax.cli.images.configs import ImageAdapterConfig
 from dpo_jax.cli.job import hyper_parameters
 from dpo_jax.diffusion.data.parsing import ImageRow
 from dpo_jax.diffusion.objectives import from_loss

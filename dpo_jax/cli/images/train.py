@@ -12,11 +12,11 @@ from dpo_jax.cli.catalogue import Method, initial_loss_state
 from dpo_jax.cli.checks import mesh_of
 from dpo_jax.cli.configs import config_record
 from dpo_jax.cli.console import UsageError, say
-from dpo_jax.cli.image_adapters import AdaptedPipeline, adapted_pipeline, frozen_part, write_pipeline
-from dpo_jax.cli.image_checks import check_image_options, check_objective
-from dpo_jax.cli.image_data import PreparedImages, prepare_images
-from dpo_jax.cli.image_models import OpenPipeline, open_images, require_alike
-from dpo_jax.cli.image_texts import condition_of
+from dpo_jax.cli.images.adapters import AdaptedPipeline, adapted_pipeline, frozen_part, write_pipeline
+from dpo_jax.cli.images.checks import check_image_options, check_objective
+from dpo_jax.cli.images.data import PreparedImages, prepare_images
+from dpo_jax.cli.images.models import OpenPipeline, open_images, require_alike
+from dpo_jax.cli.images.texts import condition_of
 from dpo_jax.cli.job import Job, hyper_parameters, keep_config, run_job, summarise
 from dpo_jax.cli.processes import is_first, join_processes
 from dpo_jax.diffusion.data.batches import batches, epoch_batches
@@ -32,7 +32,7 @@ def train_images(method: Method, config: Any) -> None:
 
     Args:
       method: the loss to train, of the diffusion wing.
-      config: an instance of `image_configs.image_train_config_class(method)`.
+      config: an instance of `images.configs.image_train_config_class(method)`.
 
     Raises:
       UsageError: options that do not fit each other, the method or an earlier run in the same folder.

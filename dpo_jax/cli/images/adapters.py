@@ -9,8 +9,8 @@ from typing import Any
 import jax
 
 from dpo_jax.cli.console import UsageError, say
-from dpo_jax.cli.image_configs import ImageAdapterConfig
-from dpo_jax.cli.image_models import OpenPipeline, denoiser_function
+from dpo_jax.cli.images.configs import ImageAdapterConfig
+from dpo_jax.cli.images.models import OpenPipeline, denoiser_function
 from dpo_jax.diffusion.models import mmdit
 from dpo_jax.diffusion.models.adapters import save_adapter
 from dpo_jax.diffusion.models.folder import denoiser_name, save_pipeline

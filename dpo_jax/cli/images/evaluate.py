@@ -10,11 +10,11 @@ import numpy as np
 from dpo_jax.cli.checks import check_ranges, mesh_of
 from dpo_jax.cli.configs import MeshConfig
 from dpo_jax.cli.console import OutputConfig, UsageError, result, say
-from dpo_jax.cli.image_configs import ImageModelConfig
-from dpo_jax.cli.image_generate import conditions_of, load_with_adapter, read_prompts, require_adapter, write_images
-from dpo_jax.cli.image_models import HUB_ID, OpenPipeline, open_images
-from dpo_jax.cli.image_sampling import ImageSampler, SamplingConfig, check_sampling
-from dpo_jax.cli.image_texts import open_t5, require_states
+from dpo_jax.cli.images.configs import ImageModelConfig
+from dpo_jax.cli.images.generate import conditions_of, load_with_adapter, read_prompts, require_adapter, write_images
+from dpo_jax.cli.images.models import HUB_ID, OpenPipeline, open_images
+from dpo_jax.cli.images.sampling import ImageSampler, SamplingConfig, check_sampling
+from dpo_jax.cli.images.texts import open_t5, require_states
 from dpo_jax.cli.processes import is_first, join_processes
 from dpo_jax.diffusion.rewards.load import check_reward, load_reward
 from dpo_jax.diffusion.rewards.scores import win_rate

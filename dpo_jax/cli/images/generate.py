@@ -15,10 +15,10 @@ from PIL import Image
 from dpo_jax.cli.checks import check_ranges, mesh_of
 from dpo_jax.cli.configs import MeshConfig
 from dpo_jax.cli.console import OutputConfig, UsageError, result
-from dpo_jax.cli.image_configs import ImageModelConfig
-from dpo_jax.cli.image_models import OpenPipeline, open_images, require_alike
-from dpo_jax.cli.image_sampling import ImageSampler, SamplingConfig, check_sampling, grid_of
-from dpo_jax.cli.image_texts import open_t5, require_states, text_encoder
+from dpo_jax.cli.images.configs import ImageModelConfig
+from dpo_jax.cli.images.models import OpenPipeline, open_images, require_alike
+from dpo_jax.cli.images.sampling import ImageSampler, SamplingConfig, check_sampling, grid_of
+from dpo_jax.cli.images.texts import open_t5, require_states, text_encoder
 from dpo_jax.cli.processes import is_first, join_processes
 from dpo_jax.diffusion.data.parsing import CAPTION_KEYS
 from dpo_jax.diffusion.data.t5_states import T5States

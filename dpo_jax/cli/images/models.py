@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dpo_jax.cli.console import UsageError
-from dpo_jax.cli.image_configs import ImageModelConfig
+from dpo_jax.cli.images.configs import ImageModelConfig
 from dpo_jax.diffusion.models import mmdit, unet
 from dpo_jax.diffusion.models.folder import (
     Pipeline,

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from dpo_jax.cli.checks import check_ranges
 from dpo_jax.cli.console import UsageError
-from dpo_jax.cli.image_models import OpenPipeline, denoiser_function, image_decoder
+from dpo_jax.cli.images.models import OpenPipeline, denoiser_function, image_decoder
 from dpo_jax.diffusion.models.scheduler import Noising
 from dpo_jax.diffusion.sampler import Guidance, dpm_solver_steps, euler_steps, flow_euler_steps, guided, sample
 from dpo_jax.diffusion.schedule import flow_sigmas

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -26,7 +27,7 @@ def starting() -> Iterator[Start]:
     def start(
         devices: int, words: Sequence[object], environment: dict[str, str] | None = None, script: str = RUN
     ) -> subprocess.Popen:
-        flags = f"--xla_force_host_platform_device_count={devices}"
+        flags = re.sub(r"(?<=device_count=)\d+", str(devices), os.environ["XLA_FLAGS"])
         # The proxies of a machine have nothing to say on its loopback.
         own = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
         everything = {**own, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **(environment or {})}

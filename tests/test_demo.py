@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from real_processes import finish, starting
 
 from dpo_jax.cli import main
 from dpo_jax.language.models.folder import load_tokenizer
@@ -16,10 +17,11 @@ from dpo_jax.worlds import digits
 def test_demo_gains_fifteen_points(tmp_path, capsys):
     out = tmp_path / "demo"
     shorter = ["--warm-steps", "200", "--prompts", "300", "--steps", "80", "--test-prompts", "500"]
-    assert main(["demo", "--out", str(out), "--json", *shorter]) == 0
-    printed = capsys.readouterr()
-    values = json.loads(printed.out.strip().splitlines()[-1])
-    assert len(printed.out.strip().splitlines()) == 1 and "warm start" in printed.err
+    as_users_run_it = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    with starting() as start:
+        printed, said = finish([start(1, ["demo", "--out", out, "--json", *shorter], as_users_run_it)])[0]
+    values = json.loads(printed)
+    assert len(printed.strip().splitlines()) == 1 and "warm start" in said
     assert values["accuracy_after"] > values["accuracy_before"] + 0.15
     assert values["accuracy_before_interval"][1] < values["accuracy_after_interval"][0]
     assert 0.05 < values["kl"] < 3 and values["margin"] > 0.5

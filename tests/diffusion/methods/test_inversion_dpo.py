@@ -182,7 +182,7 @@ def test_the_reference_itself_is_a_stationary_start():
 
 
 @pytest.mark.slow
-def test_the_sign_says_which_mode_is_left():
+def test_the_sign_says_which_mode_is_left(optimised):
     """Of the samples that stay on the data, the default sign keeps the preferred ones and the published one the others.
 
     Either way many samples leave the data, and the preferred mode gains nothing: this loss wants an early end.

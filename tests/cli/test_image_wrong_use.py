@@ -99,7 +99,7 @@ def test_methods_that_learn_from_their_own_samples(tmp_path, method):
         ("diffusion-dpo", "--lora-rank 2 --optimizer muon", "--optimizer muon has no effect on adapters"),
         ("diffusion-dpo", "--mesh-fsdp 3", "does not fit 8 devices"),
         ("diffusion-dpo", "--mesh-data 8 --batch-size 12", "--batch-size 12 does not fall evenly on 8 batch shards"),
-        ("diffusion-dpo", "--microbatches 3", "give a multiple of 24"),
+        ("diffusion-dpo", "--mesh-data 8 --microbatches 3", "give a multiple of 24"),
     ],
 )
 def test_options_out_of_range_or_without_effect(tmp_path, method, options, said):

@@ -1,6 +1,7 @@
 """NNX modules as pure functions of nested plain dicts; the only ground file that imports flax."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from functools import cache
 from typing import Any
 
 import jax
@@ -34,6 +35,27 @@ def functional(module: nnx.Module) -> tuple[Callable[..., Any], PyTree]:
         return (merged if method is None else getattr(merged, method))(*inputs, **options)
 
     return apply_fn, _with_names(nnx.to_pure_dict(params))
+
+
+def abstract_module(make: Callable[..., nnx.Module], config: Hashable, **options: Hashable) -> Any:
+    """The module `make(config, **options, rngs=...)` with shapes in place of arrays, a new one at each call."""
+    return nnx.eval_shape(lambda: make(config, **options, rngs=nnx.Rngs(0)))
+
+
+def function_of(make: Callable[..., nnx.Module], config: Hashable, **options: Hashable) -> Callable[..., Any]:
+    """`functional`'s function of the module that `make` builds, without making any weights."""
+    return _made_once(make, config, **options)[0]
+
+
+def shapes_of(make: Callable[..., nnx.Module], config: Hashable, **options: Hashable) -> PyTree:
+    """`functional`'s variables of the module that `make` builds, as shapes and dtypes; the caller's to change."""
+    return jax.tree.map(lambda leaf: leaf, _made_once(make, config, **options)[1])
+
+
+@cache
+def _made_once(make: Callable[..., nnx.Module], config: Hashable, **options: Hashable) -> tuple[Callable, PyTree]:
+    """A run asks for both often, and tracing a module takes seconds."""
+    return functional(abstract_module(make, config, **options))
 
 
 def _with_names(tree: PyTree) -> PyTree:

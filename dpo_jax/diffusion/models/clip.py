@@ -5,7 +5,6 @@ scanned. Diffusion models read all hidden states of the text tower (`TextStates.
 """
 
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +23,7 @@ from dpo_jax.diffusion.models.layers import (
     split_heads,
 )
 from dpo_jax.diffusion.models.table import Place, table_of
-from dpo_jax.functional import functional, set_adapters
+from dpo_jax.functional import abstract_module, function_of, functional, set_adapters, shapes_of
 from dpo_jax.lora import adapter_rules
 from dpo_jax.sharding import BATCH_AXES, P, constrain
 from dpo_jax.types import Array, PyTree
@@ -266,8 +265,8 @@ def clip_function(config: ClipConfig, types: Types = _FLOAT32, adapters: PyTree 
       ValueError: an adapter of what is no linear layer.
     """
     if adapters is None:
-        return _plain(config, types)[0]
-    model = _abstract(config, types)
+        return function_of(Clip, config, types=types)
+    model = abstract_module(Clip, config, types=types)
     set_adapters(model, adapters)
     return functional(model)[0]
 
@@ -279,17 +278,7 @@ def init_variables(config: ClipConfig, key: Array, types: Types = _FLOAT32) -> P
 
 def abstract_variables(config: ClipConfig, types: Types = _FLOAT32) -> PyTree:
     """Shapes and dtypes of the variables, without making any."""
-    return jax.tree.map(lambda leaf: leaf, _plain(config, types)[1])
-
-
-@cache
-def _plain(config: ClipConfig, types: Types) -> tuple[Callable, PyTree]:
-    """Function and abstract variables of a config, made once: a run asks for them often, and tracing takes seconds."""
-    return functional(_abstract(config, types))
-
-
-def _abstract(config: ClipConfig, types: Types) -> Clip:
-    return nnx.eval_shape(lambda: Clip(config, types=types, rngs=nnx.Rngs(0)))
+    return shapes_of(Clip, config, types=types)
 
 
 def weight_table(config: ClipConfig) -> dict[str, Place]:

@@ -7,7 +7,7 @@ then the others. The last block stands by itself, for it leaves the text behind.
 """
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ from dpo_jax.diffusion.models.layers import (
 from dpo_jax.diffusion.models.mmdit_config import MMDiTConfig, config_from_dict, config_to_dict
 from dpo_jax.diffusion.models.table import Place, table_of
 from dpo_jax.diffusion.types import TextCondition
-from dpo_jax.functional import functional, set_adapters
+from dpo_jax.functional import abstract_module, function_of, functional, set_adapters, shapes_of
 from dpo_jax.lora import adapter_rules
 from dpo_jax.sharding import BATCH_AXES, MODEL_AXIS, P, constrain
 from dpo_jax.types import Array, PyTree
@@ -324,8 +324,8 @@ def mmdit_function(config: MMDiTConfig, adapters: PyTree = None) -> Callable[...
       ValueError: an adapter of what is no linear layer.
     """
     if adapters is None:
-        return _plain(config)[0]
-    model = _abstract(config)
+        return function_of(MMDiT, config)
+    model = abstract_module(MMDiT, config)
     set_adapters(model, adapters)
     return functional(model)[0]
 
@@ -337,17 +337,7 @@ def init_variables(config: MMDiTConfig, key: Array) -> PyTree:
 
 def abstract_variables(config: MMDiTConfig) -> PyTree:
     """Shapes and dtypes of the variables, without making any."""
-    return jax.tree.map(lambda leaf: leaf, _plain(config)[1])
-
-
-@cache
-def _plain(config: MMDiTConfig) -> tuple[Callable, PyTree]:
-    """Function and abstract variables of a config, made once: a run asks for them often, and tracing takes seconds."""
-    return functional(_abstract(config))
-
-
-def _abstract(config: MMDiTConfig) -> MMDiT:
-    return nnx.eval_shape(lambda: MMDiT(config, rngs=nnx.Rngs(0)))
+    return shapes_of(MMDiT, config)
 
 
 def is_trainable(name: str) -> bool:

@@ -6,7 +6,6 @@ What it predicts (noise, velocity) is its training's choice; small models for pi
 
 import re
 from collections.abc import Callable
-from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from dpo_jax.diffusion.models.table import LINEAR, Place, table_of, tensor_shape
 from dpo_jax.diffusion.models.unet_blocks import DownBlock, EmbeddingLayers, MiddleBlock, UpBlock, types_of
 from dpo_jax.diffusion.models.unet_config import UNetConfig, config_from_dict, config_to_dict
 from dpo_jax.diffusion.types import TextCondition
-from dpo_jax.functional import functional, set_adapters
+from dpo_jax.functional import abstract_module, function_of, functional, set_adapters, shapes_of
 from dpo_jax.lora import adapter_rules
 from dpo_jax.sharding import BATCH_AXES, P, constrain
 from dpo_jax.tree import named_leaves
@@ -125,8 +124,8 @@ def unet_function(config: UNetConfig, adapters: PyTree = None) -> Callable[..., 
       ValueError: an adapter of what is no linear layer.
     """
     if adapters is None:
-        return _plain(config)[0]
-    model = _abstract(config)
+        return function_of(UNet, config)
+    model = abstract_module(UNet, config)
     set_adapters(model, adapters)
     return functional(model)[0]
 
@@ -138,17 +137,7 @@ def init_variables(config: UNetConfig, key: Array) -> PyTree:
 
 def abstract_variables(config: UNetConfig) -> PyTree:
     """Shapes and dtypes of the variables, without making any."""
-    return jax.tree.map(lambda leaf: leaf, _plain(config)[1])
-
-
-@cache
-def _plain(config: UNetConfig) -> tuple[Callable, PyTree]:
-    """Function and abstract variables of a config, made once: a run asks for them often, and tracing takes seconds."""
-    return functional(_abstract(config))
-
-
-def _abstract(config: UNetConfig) -> UNet:
-    return nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0)))
+    return shapes_of(UNet, config)
 
 
 def weight_table(config: UNetConfig) -> dict[str, Place]:

@@ -5,7 +5,7 @@ encoder says (`Posterior`) and what the decoder takes are unscaled; a diffusion 
 """
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from flax import nnx
 from dpo_jax.diffusion.models.layers import Conv, GroupNorm, Linear, Types, attend
 from dpo_jax.diffusion.models.table import Place, table_of
 from dpo_jax.diffusion.models.vae_config import AutoencoderConfig, config_from_dict, config_to_dict
-from dpo_jax.functional import functional
+from dpo_jax.functional import function_of, functional, shapes_of
 from dpo_jax.sharding import BATCH_AXES, P, constrain
 from dpo_jax.types import Array, PyTree
 
@@ -337,7 +337,7 @@ def _blended(earlier: Array, later: Array, extent: int, axis: int) -> Array:
 
 def autoencoder_function(config: AutoencoderConfig, types: Types = _FLOAT32) -> Callable[..., Any]:
     """`apply_fn(variables, x, method="encode")` (or decode, tiled_encode, tiled_decode), without making any weights."""
-    return _plain(config, types)[0]
+    return function_of(Autoencoder, config, types=types)
 
 
 def init_variables(config: AutoencoderConfig, key: Array, types: Types = _FLOAT32) -> PyTree:
@@ -347,17 +347,7 @@ def init_variables(config: AutoencoderConfig, key: Array, types: Types = _FLOAT3
 
 def abstract_variables(config: AutoencoderConfig, types: Types = _FLOAT32) -> PyTree:
     """Shapes and dtypes of the variables, without making any."""
-    return jax.tree.map(lambda leaf: leaf, _plain(config, types)[1])
-
-
-@cache
-def _plain(config: AutoencoderConfig, types: Types) -> tuple[Callable, PyTree]:
-    """Function and abstract variables of a config, made once: a run asks for them often, and tracing takes seconds."""
-    return functional(_abstract(config, types))
-
-
-def _abstract(config: AutoencoderConfig, types: Types) -> Autoencoder:
-    return nnx.eval_shape(lambda: Autoencoder(config, types=types, rngs=nnx.Rngs(0)))
+    return shapes_of(Autoencoder, config, types=types)
 
 
 def weight_table(config: AutoencoderConfig, *, old_names: bool = False) -> dict[str, Place]:

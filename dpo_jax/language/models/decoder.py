@@ -7,7 +7,7 @@ scanned with their weights. Other families add fields to the config, not subclas
 
 import math
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dpo_jax.attention import attention, decode_attention
-from dpo_jax.functional import functional, set_adapters
+from dpo_jax.functional import abstract_module, function_of, functional, set_adapters, shapes_of
 from dpo_jax.language.models.config import DecoderConfig
 from dpo_jax.language.models.experts import RouterSums
 from dpo_jax.language.models.kernels import set_small_kernels
@@ -278,8 +278,8 @@ def decoder_function(config: DecoderConfig, adapters: PyTree = None, *, kernels:
       ValueError: an adapter of what is no linear layer.
     """
     if adapters is None and kernels is None:
-        return _plain(config)[0]
-    model = _abstract(config)
+        return function_of(Decoder, config)
+    model = abstract_module(Decoder, config)
     set_adapters(model, adapters)
     if kernels is not None:
         set_small_kernels(model, kernels)
@@ -293,14 +293,4 @@ def init_variables(config: DecoderConfig, key: Array) -> PyTree:
 
 def abstract_variables(config: DecoderConfig) -> PyTree:
     """Shapes and dtypes of the variables, without making any."""
-    return jax.tree.map(lambda leaf: leaf, _plain(config)[1])
-
-
-@cache
-def _plain(config: DecoderConfig) -> tuple[Callable, PyTree]:
-    """Function and abstract variables of a config, made once: a run asks for them often, and tracing takes seconds."""
-    return functional(_abstract(config))
-
-
-def _abstract(config: DecoderConfig) -> Decoder:
-    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    return shapes_of(Decoder, config)

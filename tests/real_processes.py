@@ -57,9 +57,8 @@ def start_two(
 
 
 def shared_programs() -> dict[str, str]:
-    """Environment of a process that shares the compiled programs of `tests/cli`, made with as little optimisation."""
+    """Environment of a process that shares the compiled programs of `tests/cli`."""
     return {
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),  # type: ignore[reportAttributeAccessIssue]
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

@@ -50,7 +50,7 @@ def test_policy_equal_to_reference_gives_log_two_and_half_of_beta_in_the_gradien
 
 
 def test_gradient_of_a_real_denoiser_at_the_reference_is_that_of_the_errors():
-    batch, key, beta = batch_of(), jax.random.key(3), 30.0
+    batch, key, beta = batch_of(), jax.random.key(4), 30.0
     objective = from_loss(diffusion_dpo_loss, PROCESS, beta=beta)
 
     def loss(params):
@@ -68,7 +68,7 @@ def test_gradient_of_a_real_denoiser_at_the_reference_is_that_of_the_errors():
         return jnp.mean(from_loss(only, PROCESS)(denoiser(statistic), None, batch, key).loss)
 
     expected = beta / 4 * jax.grad(error_of)(PARAMS)  # the same key draws the same noise and timesteps
-    assert np.all(np.abs(expected) > 0.02)
+    assert np.all(np.abs(expected) > 0.05)
     np.testing.assert_allclose(slope, expected, rtol=1e-4)
 
 

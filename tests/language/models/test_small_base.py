@@ -20,8 +20,6 @@ from dpo_jax.train import variables_of
 from dpo_jax.tree import named_leaves
 
 KINDS = pytest.mark.parametrize("kind", ["int8", "nf4"])
-# Tests compile much and compute little.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def logits(config, variables, adapters=None, kind=None):
@@ -29,7 +27,7 @@ def logits(config, variables, adapters=None, kind=None):
     positions = np.broadcast_to(np.arange(12, dtype=np.int32), tokens.shape)
     ends = np.full_like(tokens, 12)
     variables = variables if adapters is None else with_adapters(variables, adapters)
-    answer = jit(decoder_function(config, adapters, kernels=kind))(variables, tokens, positions, ends)
+    answer = jax.jit(decoder_function(config, adapters, kernels=kind))(variables, tokens, positions, ends)
     return np.asarray(jnp.einsum("rld,vd->rlv", answer.hidden, answer.head))
 
 
@@ -37,8 +35,8 @@ def logits(config, variables, adapters=None, kind=None):
 @pytest.mark.parametrize("change", [{}, {"remat": "dots"}, {"remat": "full", "dtype": "bfloat16"}])
 def test_the_function_is_that_of_the_rounded_kernels(kind, change):
     config = replace(TINY, **change)
-    variables = jit(init_variables, static_argnums=0)(config, jax.random.key(0))
-    small = jit(quantize_kernels, static_argnums=1)(variables, kind)
+    variables = jax.jit(init_variables, static_argnums=0)(config, jax.random.key(0))
+    small = jax.jit(quantize_kernels, static_argnums=1)(variables, kind)
     got, want = logits(config, small, kind=kind), logits(config, dequantize_kernels(small))
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 if config.dtype == "float32" else 0.05)
     # Bits were lost, and few: relative to the largest logit.
@@ -49,7 +47,7 @@ def test_the_function_is_that_of_the_rounded_kernels(kind, change):
 @KINDS
 @pytest.mark.parametrize("dora", [False, True])
 def test_adapters_at_their_start_change_nothing(kind, dora):
-    variables = jit(init_variables, static_argnums=0)(TINY, jax.random.key(0))
+    variables = jax.jit(init_variables, static_argnums=0)(TINY, jax.random.key(0))
     small = quantize_kernels(variables, kind)
     adapters = init_adapters(jax.random.key(1), dequantize_kernels(small), LoraConfig(rank=2, dora=dora))
     got, want = logits(TINY, small, adapters, kind), logits(TINY, small, kind=kind)
@@ -60,7 +58,7 @@ def test_adapters_at_their_start_change_nothing(kind, dora):
 def test_a_checkpoint_is_read_into_few_bits(kind):
     folder = FOLDER / "qwen2"
     whole, small = load_hf(folder)[1], load_hf(folder, kernels=kind)[1]
-    want = named_leaves(jit(quantize_kernels, static_argnums=1)(whole, kind))
+    want = named_leaves(jax.jit(quantize_kernels, static_argnums=1)(whole, kind))
     got = named_leaves(small)
     assert got.keys() == want.keys() and any(name.endswith(f"query/kernel/{kind}") for name in got)
     for name, leaf in got.items():
